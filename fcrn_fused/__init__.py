@@ -1,0 +1,22 @@
+"""The loss of the Fully-Convolutional Regression Network and its gradient in one fused step."""
+
+from . import reference
+from .autograd import FCRNLossFunction
+from .config import show_config
+from .functional import fcrn_loss
+from .module import FCRNLoss
+from .schedule import LinearNegativeWeight, StepNegativeWeight
+from .stats import FCRNLossStats
+from .version import __version__
+
+__all__ = [
+    "FCRNLoss",
+    "FCRNLossFunction",
+    "FCRNLossStats",
+    "LinearNegativeWeight",
+    "StepNegativeWeight",
+    "__version__",
+    "fcrn_loss",
+    "reference",
+    "show_config",
+]

@@ -1,0 +1,128 @@
+"""`fcrn_loss`: checks its arguments once and chooses who computes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad as fwAD
+
+from . import ops, reference
+from .autograd import FCRNLossFunction
+from .stats import FCRNLossStats
+from .validation import check, check_backend
+
+
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, FCRNLossStats]:
+    """Masked, weighted squared error of a fully-convolutional regression network (FCRN).
+
+    Each cell of a grid predicts the pose of a text box and a confidence. With `t` the target
+    confidence of a cell, the error of an element is `E = w * (pred - target)**2`, where `w` is
+
+    - `coord_weight[j]` on pose map `j` and `positive_weight` on the confidence where `t > 0`,
+    - 0 on the pose maps and `negative_weight` on the confidence elsewhere,
+    - 0 throughout where `t == ignore_value`.
+
+    An element of weight 0 by this table is no part of the computation: its error and gradient are
+    exactly 0, whatever it holds, NaN included. (After Gupta, Vedaldi, Zisserman, "Synthetic Data
+    for Text Localisation in Natural Images", CVPR 2016, and YOLO v1, arXiv 1506.02640, eq. 2.)
+
+    Args:
+        pred: predictions, (B, C, *S): C - 1 pose maps, then one confidence map; C = 7 and
+            S = (H, W) for FCRN. float64, float32, float16 or bfloat16; any strides.
+        target: what should have been predicted, of the same shape and on the same device, its
+            dtype any of the four. In units of the cell or of the image, not in pixels.
+        negative_weight: weight of the confidence of negative cells; a number, or a 0-dim tensor,
+            which is read on its device (no synchronisation).
+        positive_weight: weight of the confidence of positive cells.
+        coord_weight: weight of the pose maps of positive cells; one number, a sequence of C - 1
+            numbers, or a tensor of shape () or (C - 1,).
+        ignore_value: target confidence of cells to leave out (compared in `target`'s dtype).
+        reduction: "mean" divides the sum of E by its number of elements, "batchmean" by B,
+            "positive" by the number of positive cells (at least 1), "sum" by nothing; "cell" is
+            the mean over the C maps of each cell, (B, *S); "none" is E itself, (B, C, *S).
+        return_stats: return `(loss, FCRNLossStats)`.
+        backend: "fused", the compiled kernels, or RuntimeError where none serves the input;
+            "reference", plain PyTorch; "auto", the former where possible, else the latter.
+
+    Returns:
+        The loss, in the wider of the two dtypes but at least float32, differentiable with respect
+        to `pred` and `target`; with `return_stats` also its detached parts.
+
+    Raises:
+        TypeError: `pred` or `target` is not a tensor, or a weight is not a number.
+        ValueError: a shape, dtype, device, weight, reduction, ignore_value or backend that does
+            not fit; a weight that requires grad.
+        RuntimeError: `backend="fused"` and no compiled kernel serves the input.
+    """
+    rule = check(
+        pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
+    )
+    if check_backend(backend) == "reference" or not _fused_serves(pred, target, backend):
+        return reference.fcrn_loss(
+            pred,
+            target,
+            negative_weight=negative_weight,
+            positive_weight=positive_weight,
+            coord_weight=coord_weight,
+            ignore_value=ignore_value,
+            reduction=reduction,
+            return_stats=return_stats,
+        )
+    if torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad):
+        result = FCRNLossFunction.apply(pred, target, *rule, return_stats)
+    else:
+        result = ops.forward(pred, target, rule, want_stats=return_stats)
+    if return_stats:
+        loss, *parts = result
+        return loss, FCRNLossStats(*parts)
+    return result[0]
+
+
+def _fused_serves(pred: Tensor, target: Tensor, backend: str) -> bool:
+    """Whether the compiled kernels serve the input; if not and they were asked for, raises."""
+    transform = _active_transform(pred, target)
+    reason = transform or ops.why_not(pred.device.type)
+    if reason is None:
+        return True
+    if backend == "fused":
+        raise RuntimeError(f'backend="fused" cannot serve this input: {reason}')
+    if transform is None:
+        _warn_once(f"fcrn_loss runs in plain PyTorch: {reason}")
+    return False
+
+
+def _active_transform(pred: Tensor, target: Tensor) -> str | None:
+    """Why an autograd.Function cannot be used here: a functorch transform or forward-mode AD."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms differentiate and batch the reference only"
+    if fwAD._current_level >= 0 and (_is_dual(pred) or _is_dual(target)):
+        return "forward-mode AD differentiates the reference only"
+    return None
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return fwAD.unpack_dual(tensor).tangent is not None
+
+
+_warned = False
+
+
+def _warn_once(message: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,211 @@
+"""The compiled operators: finds them, says why not, and gives them their fake kernels."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype
+from .validation import REDUCTIONS, Rule
+
+_OLDEST_TORCH = (2, 11)
+_PACKAGE = Path(__file__).parent
+_REBUILD = "reinstall fcrn_fused with `pip install --no-build-isolation .`"
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the compiled kernels do not serve a type of device ("cpu", "cuda"); None: they do."""
+    return _problems.get(device_type, f"there are no kernels for {device_type} devices")
+
+
+def compiled_module() -> ModuleType | None:
+    """The pybind11 module `fcrn_fused._C`, which says what was built in; None if not loaded."""
+    return _module
+
+
+def forward(
+    pred: Tensor, target: Tensor, rule: Rule, *, want_grad: bool = False, want_stats: bool = False
+) -> tuple[Tensor, ...]:
+    """One pass: `(loss[, coord, positive_conf, negative_conf, num_positive][, grad])`.
+
+    `grad` is dloss/dpred for a grad_output of 1; for "positive", still to be divided by the number
+    of positive cells, which is known only at the end of the pass (`rescale_` does it).
+    """
+    return tuple(
+        torch.ops.fcrn_fused.forward(pred, target, *_op_arguments(rule), want_grad, want_stats)
+    )
+
+
+def backward(
+    grad_output: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    rule: Rule,
+    num_positive: Tensor | None,
+    *,
+    wrt_target: bool = False,
+) -> Tensor:
+    """dloss/dpred or dloss/dtarget, computed afresh; `num_positive` is wanted by "positive"."""
+    gradient: Tensor = torch.ops.fcrn_fused.backward(
+        grad_output, pred, target, *_op_arguments(rule), num_positive, wrt_target
+    )
+    return gradient
+
+
+def rescale_(
+    grad: Tensor,
+    grad_output: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    rule: Rule,
+    num_positive: Tensor | None,
+) -> None:
+    """Turn the `grad` that `forward` wrote into the gradient for `grad_output`, in place.
+
+    The device decides: nothing is done where grad_output is 1; else what can differ from zero is
+    computed afresh, so the result is the same to the bit as that of `backward`.
+    """
+    torch.ops.fcrn_fused.rescale_(
+        grad, grad_output, pred, target, *_op_arguments(rule), num_positive
+    )
+
+
+def _op_arguments(rule: Rule) -> tuple[object, ...]:
+    negative_weight, positive_weight, coord_weight, ignore_value, reduction = rule
+    reduction_index = REDUCTIONS.index(reduction)
+    negative_tensor = coord_tensor = None
+    if isinstance(negative_weight, Tensor):
+        negative_tensor, negative_weight = negative_weight, 0.0
+    if isinstance(coord_weight, Tensor):
+        coord_tensor, coord_weight = coord_weight, ()
+    return (
+        negative_tensor,
+        coord_tensor,
+        negative_weight,
+        positive_weight,
+        coord_weight,
+        ignore_value,
+        reduction_index,
+    )
+
+
+def _load() -> tuple[ModuleType | None, dict[str, str | None]]:
+    """Load the compiled libraries; a problem by the type of the device it keeps from being served."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < _OLDEST_TORCH:
+        problem = (
+            f"the compiled kernels need PyTorch {'.'.join(map(str, _OLDEST_TORCH))} or newer, "
+            f"this is {torch.__version__}; upgrade with `pip install -U torch`"
+        )
+        return None, {"cpu": problem, "cuda": problem}
+    try:
+        module = importlib.import_module("fcrn_fused._C")
+    except ImportError as error:
+        problem = _missing_module(error)
+        return None, {"cpu": problem, "cuda": problem}
+    return module, {"cpu": None, "cuda": _load_cuda(module)}
+
+
+def _missing_module(error: ImportError) -> str:
+    built = sorted(path.name for path in _PACKAGE.glob("_C.*"))
+    if not built:
+        return f"this installation has no compiled kernels (no compiler was found); {_REBUILD}"
+    here = f"{sys.implementation.name} {platform.python_version()}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{built[0]} was compiled for another Python than this {here}; {_REBUILD}"
+    return f"{built[0]} does not load ({error}); {_REBUILD}"
+
+
+def _load_cuda(module: ModuleType) -> str | None:
+    library = _PACKAGE / "fcrn_fused_cuda.so"
+    if not library.exists():
+        return (
+            "this installation was built without CUDA kernels; "
+            "install the CUDA toolkit (nvcc) and " + _REBUILD
+        )
+    if not torch.backends.cuda.is_built():
+        return (
+            "this PyTorch is a CPU build; install a CUDA build of PyTorch (the CUDA kernels of "
+            "fcrn_fused are there)"
+        )
+    problem: str = module.load_cuda_library(str(library))
+    if problem:
+        return f"{library.name} does not load ({problem}); {_REBUILD}"
+    return None
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("fcrn_fused::forward")
+    def _(
+        pred: Tensor,
+        target: Tensor,
+        negative_weight_tensor: Tensor | None,
+        coord_weight_tensor: Tensor | None,
+        negative_weight: float,
+        positive_weight: float,
+        coord_weight: list[float],
+        ignore_value: float | None,
+        reduction: int,
+        want_grad: bool,
+        want_stats: bool,
+    ) -> list[Tensor]:
+        dtype = accumulation_dtype(pred.dtype, target.dtype)
+        match REDUCTIONS[reduction]:
+            case "none":
+                loss = torch.empty_like(pred, dtype=dtype)
+            case "cell":
+                loss = pred.new_empty((pred.shape[0], *pred.shape[2:]), dtype=dtype)
+            case _:
+                loss = pred.new_empty((), dtype=dtype)
+        result = [loss]
+        if want_stats:
+            result += [pred.new_empty((), dtype=dtype) for _ in range(3)]
+            result += [pred.new_empty((), dtype=torch.int64)]
+        if want_grad:
+            result += [torch.empty_like(pred)]
+        return result
+
+    @torch.library.register_fake("fcrn_fused::backward")
+    def _(
+        grad_output: Tensor,
+        pred: Tensor,
+        target: Tensor,
+        negative_weight_tensor: Tensor | None,
+        coord_weight_tensor: Tensor | None,
+        negative_weight: float,
+        positive_weight: float,
+        coord_weight: list[float],
+        ignore_value: float | None,
+        reduction: int,
+        num_positive: Tensor | None,
+        wrt_target: bool,
+    ) -> Tensor:
+        return torch.empty_like(target if wrt_target else pred)
+
+    @torch.library.register_fake("fcrn_fused::rescale_")
+    def _(
+        grad: Tensor,
+        grad_output: Tensor,
+        pred: Tensor,
+        target: Tensor,
+        negative_weight_tensor: Tensor | None,
+        coord_weight_tensor: Tensor | None,
+        negative_weight: float,
+        positive_weight: float,
+        coord_weight: list[float],
+        ignore_value: float | None,
+        reduction: int,
+        num_positive: Tensor | None,
+    ) -> None:
+        return None
+
+
+_module, _problems = _load()
+if _module is not None:
+    _register_fakes()

@@ -1,0 +1,138 @@
+"""The definition of the loss in plain PyTorch: the fallback on any device, and the tests' oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .stats import FCRNLossStats
+from .validation import Rule, check
+
+
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, FCRNLossStats]:
+    """The loss of `fcrn_fused.fcrn_loss`, with the same arguments, by PyTorch's own operations.
+
+    Every promise about values and gradients holds here too; what it costs is memory and time:
+    some thirty passes over the maps instead of one.
+    """
+    rule = check(
+        pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
+    )
+    cells = weigh(pred, target, rule)
+    errors = cells.weight * cells.difference**2
+    if reduction == "none":
+        loss = errors
+    elif reduction == "cell":
+        loss = errors.sum(1) / errors.shape[1]
+    else:
+        loss = errors.sum() / _divisor(cells, reduction)
+    if not return_stats:
+        return loss
+    confidence_error = errors[:, -1:].detach()
+    return loss, FCRNLossStats(
+        coord=errors[:, :-1].detach().sum(),
+        positive_conf=torch.where(cells.positive, confidence_error, 0).sum(),
+        negative_conf=torch.where(cells.positive, 0, confidence_error).sum(),
+        num_positive=cells.positive.sum(),
+    )
+
+
+class WeighedCells(NamedTuple):
+    """The cells of a batch after the table of the definition has been applied to them."""
+
+    counted: Tensor  # (B, C, *S) bool: the element is part of the computation
+    positive: Tensor  # (B, 1, *S) bool
+    weight: Tensor  # (B, C, *S), 0 where not counted
+    difference: Tensor  # (B, C, *S), pred - target, 0 where not counted
+
+
+def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
+    """Apply the definition's table: the kind of each cell, and from it the weight of each element."""
+    dtype = accumulation_dtype(pred.dtype, target.dtype)
+    num_maps = target.shape[1]
+    per_map = (num_maps,) + (1,) * (target.dim() - 2)
+
+    confidence = target[:, -1:]
+    ignored = torch.zeros_like(confidence, dtype=torch.bool)
+    if rule.ignore_value is not None:
+        value = torch.tensor(rule.ignore_value, dtype=torch.float64, device="cpu")
+        ignored = confidence == value.to(target.dtype)
+    positive = (confidence > 0) & ~ignored
+    is_confidence = (torch.arange(num_maps, device=target.device) == num_maps - 1).view(per_map)
+    counted = positive | (is_confidence & ~ignored)
+
+    negative_weight = rule.negative_weight
+    if isinstance(negative_weight, Tensor):
+        negative_weight = negative_weight.to(dtype)
+    positive_weight = _positive_weights(rule, num_maps, dtype, target.device).view(per_map)
+    weight = torch.where(positive, positive_weight, negative_weight)
+    return WeighedCells(
+        counted,
+        positive,
+        torch.where(counted, weight, 0),
+        # not a product with a 0/1 mask: 0 * nan is nan
+        torch.where(counted, pred.to(dtype) - target.to(dtype), 0),
+    )
+
+
+def gradient(grad_output: Tensor, pred: Tensor, target: Tensor, rule: Rule) -> Tensor:
+    """dloss/dpred, (B, C, *S), as an expression that autograd can differentiate once more.
+
+    dloss/dtarget is its negative. `grad_output` has the loss's shape and dtype.
+    """
+    cells = weigh(pred, target, rule)
+    if rule.reduction == "none":
+        scale = grad_output
+    elif rule.reduction == "cell":
+        scale = grad_output.unsqueeze(1) / pred.shape[1]
+    else:
+        scale = grad_output / _divisor(cells, rule.reduction)
+    return torch.where(cells.counted, 2 * cells.weight * cells.difference * scale, 0)
+
+
+def accumulation_dtype(pred: torch.dtype, target: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic and of the loss: the wider of the two, at least float32."""
+    return torch.promote_types(torch.promote_types(pred, target), torch.float32)
+
+
+def _divisor(cells: WeighedCells, reduction: str) -> int | Tensor:
+    match reduction:
+        case "mean":
+            return cells.weight.numel()
+        case "batchmean":
+            return cells.weight.shape[0]
+        case "positive":
+            return cells.positive.sum().clamp(min=1)
+        case _:
+            return 1
+
+
+def _positive_weights(
+    rule: Rule, num_maps: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The weights of a positive cell's maps, (C,): the pose maps' and then the confidence's."""
+    if isinstance(rule.coord_weight, Tensor):
+        coord = rule.coord_weight.to(device, dtype).expand(num_maps - 1)
+        numbers: tuple[float, ...] = (rule.positive_weight,)
+    else:
+        coord = torch.empty(0, dtype=dtype, device=device)
+        weights = rule.coord_weight
+        numbers = (weights * (num_maps - 1) if len(weights) == 1 else weights) + (
+            rule.positive_weight,
+        )
+    # filled on the device: a copy from the host would synchronise
+    filled = [torch.full((1,), number, dtype=dtype, device=device) for number in numbers]
+    return torch.cat([coord, *filled])

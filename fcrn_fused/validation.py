@@ -1,0 +1,180 @@
+"""What the public functions accept; everything else is refused here, before anything is launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "batchmean", "positive", "cell", "none")
+BACKENDS = ("auto", "fused", "reference")
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Rule(NamedTuple):
+    """The checked settings of the loss, in the one order in which everything below passes them on."""
+
+    negative_weight: float | Tensor  # a number, or a 0-dim tensor
+    positive_weight: float
+    coord_weight: Tensor | tuple[float, ...]  # a tensor (0-dim or (P,)), one number, or P numbers
+    ignore_value: float | None
+    reduction: str
+
+
+def check(
+    pred: Tensor,
+    target: Tensor,
+    negative_weight: float | Tensor,
+    positive_weight: float,
+    coord_weight: float | Sequence[float] | Tensor,
+    ignore_value: float | None,
+    reduction: str,
+) -> Rule:
+    """Check the arguments of `fcrn_loss` against each other.
+
+    Raises:
+        TypeError: `pred` or `target` is not a tensor, or a weight is not a number.
+        ValueError: a shape, dtype, device, reduction, weight or `ignore_value` does not fit.
+    """
+    if not isinstance(pred, Tensor):
+        raise TypeError(f"pred must be a tensor, got {type(pred).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    shape = pred.shape
+    if shape != target.shape:
+        raise ValueError(
+            f"target must have the shape of pred, {tuple(shape)}, got {tuple(target.shape)}"
+        )
+    if len(shape) < 2 or shape[1] < 1:
+        raise ValueError(
+            "pred must have the shape (B, C, *S), C = pose maps + 1 confidence map, "
+            f"got {tuple(shape)}"
+        )
+    if pred.dtype not in _FLOATING or target.dtype not in _FLOATING:
+        name, tensor = ("target", target) if pred.dtype in _FLOATING else ("pred", pred)
+        raise ValueError(
+            f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
+        )
+    device = pred.device
+    if device != target.device:
+        raise ValueError(f"target must be on the device of pred, {device}, got {target.device}")
+    if pred.layout is not torch.strided or target.layout is not torch.strided:
+        name, tensor = ("pred", pred) if pred.layout is not torch.strided else ("target", target)
+        raise ValueError(f"{name} must be a dense (strided) tensor, got {tensor.layout}")
+    if isinstance(negative_weight, Tensor):
+        _check_weight_tensor("negative_weight", negative_weight, device, num_maps=None)
+    else:
+        negative_weight = check_weight("negative_weight", negative_weight)
+    return Rule(
+        negative_weight,
+        check_weight("positive_weight", positive_weight),
+        _check_coord_weight(coord_weight, device, shape[1] - 1),
+        check_ignore_value(ignore_value),
+        check_reduction(reduction),
+    )
+
+
+def check_weight(name: str, weight: float) -> float:
+    """A weight given as a number: real, finite and not negative.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: negative, NaN or infinite.
+    """
+    if not isinstance(weight, (float, int)):
+        weight = _as_float(name, weight)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {weight}")
+    return weight
+
+
+def check_ignore_value(ignore_value: float | None) -> float | None:
+    """The target confidence of cells to leave out: any number but NaN, or None.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN, which no target confidence is equal to.
+    """
+    if ignore_value is None:
+        return None
+    if not isinstance(ignore_value, (float, int)):
+        ignore_value = _as_float("ignore_value", ignore_value)
+    if ignore_value != ignore_value:
+        raise ValueError("ignore_value must not be NaN (nothing is equal to nan), got nan")
+    return ignore_value
+
+
+def check_reduction(reduction: str) -> str:
+    """Raises ValueError for anything but the names in `REDUCTIONS`."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    return reduction
+
+
+def check_backend(backend: str) -> str:
+    """Raises ValueError for anything but the names in `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def check_coord_values(coord_weight: float | Sequence[float]) -> tuple[float, ...]:
+    """Weights of the pose maps given as numbers: one for all (a 1-tuple), or one for each."""
+    if isinstance(coord_weight, (float, int)):
+        return (check_weight("coord_weight", coord_weight),)
+    if isinstance(coord_weight, (str, bytes)) or not hasattr(coord_weight, "__len__"):
+        return (check_weight("coord_weight", coord_weight),)  # type: ignore[arg-type]
+    return tuple(
+        [check_weight(f"coord_weight[{i}]", weight) for i, weight in enumerate(coord_weight)]
+    )
+
+
+def _check_coord_weight(
+    coord_weight: float | Sequence[float] | Tensor, device: torch.device, num_maps: int
+) -> Tensor | tuple[float, ...]:
+    if isinstance(coord_weight, (float, int)):
+        return (check_weight("coord_weight", coord_weight),)
+    if isinstance(coord_weight, Tensor):
+        _check_weight_tensor("coord_weight", coord_weight, device, num_maps)
+        return coord_weight
+    values = check_coord_values(coord_weight)
+    if hasattr(coord_weight, "__len__") and len(values) != num_maps:
+        raise ValueError(
+            f"coord_weight must be one number or one for each of the {num_maps} pose maps, "
+            f"got {len(values)}"
+        )
+    return values
+
+
+def _check_weight_tensor(
+    name: str, weight: Tensor, device: torch.device, num_maps: int | None
+) -> None:
+    """`num_maps` None: only 0-dim will do; else a tensor of shape (num_maps,) does as well."""
+    if weight.dtype not in _FLOATING:
+        raise ValueError(
+            f"{name} must be float64, float32, float16 or bfloat16, got {weight.dtype}"
+        )
+    if weight.dim() != 0 and (num_maps is None or weight.shape != (num_maps,)):
+        wanted = "a 0-dim tensor" if num_maps is None else f"a tensor of shape () or ({num_maps},)"
+        raise ValueError(f"{name} must be a number or {wanted}, got shape {tuple(weight.shape)}")
+    if weight.device != device and weight.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be on the device of pred, {device}, or on the CPU, got {weight.device}"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"
+        )
+
+
+def _as_float(name: str, value: object) -> float:
+    """A number that is neither float nor int: a NumPy scalar, a Fraction."""
+    if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from error
