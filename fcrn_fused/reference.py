@@ -73,6 +73,8 @@ def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
     positive = (confidence > 0) & ~ignored
     is_confidence = (torch.arange(num_maps, device=target.device) == num_maps - 1).view(per_map)
     counted = positive | (is_confidence & ~ignored)
+    # in the memory format of pred, and so is all that follows, the gradient included
+    counted = torch.zeros_like(pred, dtype=torch.bool) | counted
 
     negative_weight = rule.negative_weight
     if isinstance(negative_weight, Tensor):

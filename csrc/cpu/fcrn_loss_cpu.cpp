@@ -1,0 +1,103 @@
+#include "fcrn_loss_cpu.h"
+
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <vector>
+
+namespace fcrn::cpu {
+namespace {
+
+// From this many bytes written on, a write past the caches is cheaper: the gradient would not stay
+// in them until it is read, and a plain store reads the line that it overwrites.
+constexpr int64_t kStreamFromBytes = int64_t{8} << 20;
+
+// Cells worth a thread of their own.
+constexpr int64_t kGrainCells = 8192;
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  return has;
+#else
+  return false;
+#endif
+}
+
+RunChunks run_chunks() {
+#if defined(__x86_64__)
+  if (has_avx2()) return avx2::run_chunks;
+#endif
+  return baseline::run_chunks;
+}
+
+bool is_planar(const LossPass& pass) {
+  const Grid& grid = pass.grid;
+  for (const TensorView* view : {&pass.pred, &pass.target, &pass.grad, &pass.errors}) {
+    if (*view && !view->is_planar(grid)) return false;
+  }
+  return !pass.has_grad_output_per_cell() || !pass.grad_output || pass.grad_output.is_planar(grid);
+}
+
+template <typename Acc>
+void write_sums(const LossPass& pass, const ChunkSums& sums) {
+  const auto write = [](void* to, double value) {
+    if (to) *static_cast<Acc*>(to) = static_cast<Acc>(value);
+  };
+  write(pass.coord, sums.coord);
+  write(pass.positive_conf, sums.positive_conf);
+  write(pass.negative_conf, sums.negative_conf);
+  if (pass.num_positive) *pass.num_positive = sums.num_positive;
+  const double total = sums.coord + sums.positive_conf + sums.negative_conf;
+  write(pass.loss, total / pass.divisor(sums.num_positive));
+}
+
+}  // namespace
+
+const char* instruction_set() { return has_avx2() ? "avx2" : "baseline"; }
+
+void run(const LossPass& pass) {
+  double grad_output = 1.0;
+  if (pass.grad_output && !pass.has_grad_output_per_cell()) {
+    grad_output = load_as<double>(pass.grad_output.data, pass.grad_output.dtype, 0);
+  }
+  const double dloss_derror = pass.dloss_derror(grad_output);
+  if (pass.grad_is_for_one && dloss_derror == pass.dloss_derror_in_forward()) return;
+
+  const Grid& grid = pass.grid;
+  const int64_t cells = grid.images * grid.cells;
+  const int64_t written = (pass.grad || pass.errors ? cells * grid.maps * 4 : 0);
+  const ChunkPlan plan{pass, dloss_derror, is_planar(pass),
+                       written >= kStreamFromBytes && !pass.grad_is_for_one};
+  const int64_t num_chunks = (cells + kChunkCells - 1) / kChunkCells;
+  std::vector<ChunkSums> sums(num_chunks);
+  auto run_range = [&](int64_t first, int64_t last) {
+    run_chunks()(plan, first, last, sums.data() + first);
+  };
+  if (cells <= kGrainCells) {
+    run_range(0, num_chunks);
+  } else {
+    using RunRange = decltype(run_range);
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+        0, num_chunks, kGrainCells / kChunkCells,
+        [](int64_t first, int64_t last, void* run) {
+          (*static_cast<RunRange*>(run))(first, last);
+        },
+        &run_range));
+  }
+  if (!pass.wants_sums) return;
+  ChunkSums total;
+  for (const ChunkSums& chunk : sums) {
+    total.coord += chunk.coord;
+    total.positive_conf += chunk.positive_conf;
+    total.negative_conf += chunk.negative_conf;
+    total.num_positive += chunk.num_positive;
+  }
+  if (is_double(pass.pred.dtype, pass.target.dtype)) {
+    write_sums<double>(pass, total);
+  } else {
+    write_sums<float>(pass, total);
+  }
+}
+
+}  // namespace fcrn::cpu

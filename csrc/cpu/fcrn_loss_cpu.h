@@ -1,0 +1,41 @@
+// The CPU's pass over the cells: cut into chunks whose sums are added in order, so that the result
+// does not depend on the number of threads.
+#pragma once
+
+#include "../loss_pass.h"
+
+namespace fcrn::cpu {
+
+// Cells of a chunk, counted through all images. Small enough for its confidences to stay in the
+// first-level cache between the two sweeps, large enough that a sweep writes a run of 8 KiB.
+constexpr int64_t kChunkCells = 2048;
+
+struct ChunkSums {
+  double coord = 0.0, positive_conf = 0.0, negative_conf = 0.0;
+  int64_t num_positive = 0;
+};
+
+// What is the same for all chunks of a pass.
+struct ChunkPlan {
+  const LossPass& pass;
+  double dloss_derror;  // but for a grad_output that differs from cell to cell
+  bool planar;          // the cells of a map lie side by side in every tensor
+  bool stream;          // write past the caches
+};
+
+// Computes chunks [first, last) and their sums. The same loops, compiled for two instruction sets.
+using RunChunks = void (*)(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums);
+namespace baseline {
+void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums);
+}
+namespace avx2 {
+void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums);
+}
+
+// Computes the pass with PyTorch's threads.
+void run(const LossPass& pass);
+
+// The instruction set whose loops run on this machine: "avx2" or "baseline".
+const char* instruction_set();
+
+}  // namespace fcrn::cpu
