@@ -182,11 +182,11 @@ def _predicted_by_bytes(timings: Timings, threads: int) -> Iterator[Bar]:
     for case in timings.cases():
         bare = case._replace(pattern=case.pattern._replace(kind="scattered", percent=0.0))
         row, none = timings.row(case, "ours"), timings.row(bare, "ours")
-        if row and none and case != bare and case.cells >= _MI and case.threads == threads:
-            if case.layout == "contiguous":
-                predicted = none["median_s"] * row["bytes_per_cell"] / none["bytes_per_cell"]
-                over = row["median_s"] / predicted
-                yield Bar(f"{label(case)}: time over that predicted by bytes", 1.25, False, over)
+        fits = case.cells >= _MI and case.threads == threads and case.layout == "contiguous"
+        if row and none and case != bare and fits:
+            predicted = none["median_s"] * row["bytes_per_cell"] / none["bytes_per_cell"]
+            over = row["median_s"] / predicted
+            yield Bar(f"{label(case)}: time over that predicted by bytes", 1.25, False, over)
 
 
 def _thread_scaling(timings: Timings, threads: int) -> Iterator[Bar]:

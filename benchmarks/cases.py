@@ -1,4 +1,4 @@
-"""What is measured: grids, patterns of positive cells, dtypes, layouts, and the bytes each must move."""
+"""What is measured: grids, positive cells, dtypes, layouts, and the bytes each must move."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _lay_blocks(image: np.ndarray, wanted: int, rng: np.random.Generator) -> Non
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Draw predictions and targets for a case: normal numbers, confidence 1 or 0 in the target."""
-    batch, maps, height, width = case.size
+    batch, _, height, width = case.size
     positive = positive_cells(case.pattern, batch, height, width, seed)
     generator = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}

@@ -46,6 +46,7 @@ from cases import Case, Inputs, Pattern
 from fcrn_fused import fcrn_loss, ops, reference
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[str, int], object]
 
 PASSES = ("forward", "step", "no_grad")
 COMPILE_MODES = {
@@ -89,7 +90,7 @@ def default_cases(device: torch.device, threads: int) -> list[Case]:
 
 
 def measure(
-    plan: Plan, device: torch.device, progress: Callable[[str, int], object] = lambda what, n: None
+    plan: Plan, device: torch.device, progress: Progress = lambda what, n: None
 ) -> list[dict[str, Any]]:
     """Time every case of a plan; one row for each contender, pass and clock.
 
@@ -112,10 +113,7 @@ def count_steps(plan: Plan, device: torch.device) -> int:
 
 
 def measure_case(
-    plan: Plan,
-    case: Case,
-    device: torch.device,
-    progress: Callable[[str, int], object] = lambda what, n: None,
+    plan: Plan, case: Case, device: torch.device, progress: Progress = lambda what, n: None
 ) -> list[dict[str, Any]]:
     """Time every contender on one case; see `measure`."""
     torch._dynamo.reset()
@@ -124,69 +122,81 @@ def measure_case(
     rotated = _rotation(inputs, device)
     rows = []
     for pass_ in plan.passes:
-        progress(f"{label(case)} {pass_}", 0)
-        contenders = _contenders(plan, case, pass_)
-        functions = {name: loss_function(name, device, plan.backend) for name in contenders}
-        bytes_per_cell = {
-            name: _bytes_per_cell(name, pass_, case, inputs, device) for name in contenders
-        }
-        calls = {
-            name: make_call(name, function, inputs, pass_, case, bytes_per_cell[name])
-            for name, function in functions.items()
-        }
-        failures = _first_calls(calls, lambda name: progress(f"{label(case)} {pass_}, {name}", 0))
-        calls = {name: call for name, call in calls.items() if name not in failures}
-        clocks = {
-            "wall": timing.wall_clock(
-                calls,
-                rounds=plan.rounds,
-                round_seconds=plan.round_seconds,
-                threads=case.threads,
-                progress=lambda: progress(f"{label(case)} {pass_}", 1),
-            )
-        }
-        if device.type == "cuda":
-            replayed = {
-                name: [
-                    make_call(name, functions[name], set_, pass_, case, bytes_per_cell[name])
-                    for set_ in rotated
-                ]
+        rows += _measure_pass(plan, case, pass_, rotated, device, progress)
+        inputs.pred.grad = None
+    return rows
+
+
+def _measure_pass(
+    plan: Plan,
+    case: Case,
+    pass_: str,
+    rotated: Sequence[Inputs],
+    device: torch.device,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    inputs = rotated[0]
+    names = _contenders(plan, case, pass_)
+    functions = {name: loss_function(name, device, plan.backend) for name in names}
+    bytes_per_cell = {name: _bytes_per_cell(name, pass_, case, inputs, device) for name in names}
+
+    def call_of(name: str, its_inputs: Inputs) -> timing.Call:
+        return make_call(name, functions[name], its_inputs, pass_, case, bytes_per_cell[name])
+
+    what = f"{label(case)} {pass_}"
+    calls = {name: call_of(name, inputs) for name in names}
+    failures = _first_calls(calls, lambda name: progress(f"{what}, {name}", 0))
+    calls = {name: call for name, call in calls.items() if name not in failures}
+    clocks = {
+        "wall": timing.wall_clock(
+            calls,
+            rounds=plan.rounds,
+            round_seconds=plan.round_seconds,
+            threads=case.threads,
+            progress=lambda: progress(what, 1),
+        )
+    }
+    if device.type == "cuda":
+        clocks["device"], not_captured = timing.graph_replays(
+            {
+                name: [call_of(name, its_inputs) for its_inputs in rotated]
                 for name in calls
                 if name != "compile-reduce-overhead"  # has a graph of its own
-            }
-            clocks["device"], not_captured = timing.graph_replays(
-                replayed,
-                rounds=plan.rounds,
-                round_seconds=plan.round_seconds,
-                progress=lambda: progress(f"{label(case)} {pass_}, device time", 1),
+            },
+            rounds=plan.rounds,
+            round_seconds=plan.round_seconds,
+            progress=lambda: progress(f"{what}, device time", 1),
+        )
+        failures |= {f"{name} (graph)": why for name, why in not_captured.items()}
+
+    peaks = {}
+    for name, call in calls.items():
+        inputs.pred.grad = None
+        peaks[name] = timing.peak_bytes(call, device)
+    rows: list[dict[str, Any]] = []
+    for clock, seconds in clocks.items():
+        for name, rounds in seconds.items():
+            median, low, high = timing.quartiles(rounds)
+            rows.append(
+                {
+                    "case": case.as_json(),
+                    "contender": name,
+                    "pass": pass_,
+                    "clock": clock,
+                    "median_s": median,
+                    "low_s": low,
+                    "high_s": high,
+                    "rounds_s": rounds,
+                    "bytes_per_cell": bytes_per_cell[name],
+                    "peak_bytes": peaks[name],
+                    "gradient_bytes": inputs.pred.numel() * inputs.pred.element_size(),
+                }
             )
-            failures |= {f"{name} (graph)": why for name, why in not_captured.items()}
-        for clock, seconds in clocks.items():
-            for name, rounds in seconds.items():
-                inputs.pred.grad = None
-                median, low, high = timing.quartiles(rounds)
-                rows.append(
-                    {
-                        "case": case.as_json(),
-                        "contender": name,
-                        "pass": pass_,
-                        "clock": clock,
-                        "median_s": median,
-                        "low_s": low,
-                        "high_s": high,
-                        "rounds_s": rounds,
-                        "bytes_per_cell": bytes_per_cell[name],
-                        "peak_bytes": timing.peak_bytes(calls[name], device),
-                        "gradient_bytes": inputs.pred.numel() * inputs.pred.element_size(),
-                    }
-                )
-        rows += [
-            {"case": case.as_json(), "contender": name, "pass": pass_, "clock": "none"}
-            | {"median_s": None, "failure": why}
-            for name, why in failures.items()
-        ]
-    inputs.pred.grad = None
-    return rows
+    return rows + [
+        {"case": case.as_json(), "contender": name, "pass": pass_, "clock": "none"}
+        | {"median_s": None, "failure": why}
+        for name, why in failures.items()
+    ]
 
 
 def _contenders(plan: Plan, case: Case, pass_: str) -> list[str]:
