@@ -325,24 +325,26 @@ def grad_scaler() -> Iterator[Entry]:
     """float16 under a GradScaler with a scale of 65536: no gradient is flushed or coarsened."""
     pred, target = random_batch((64, 7, 128, 128), torch.float16)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=65536.0)
-    leaf = pred.clone().requires_grad_()
+    parameter = pred.float().requires_grad_()  # a scaler takes float32 parameters only
+    half = parameter.half()
+    half.retain_grad()
     weight = torch.tensor(0.01, device=DEVICE)
-    loss = fcrn_loss(leaf, target, negative_weight=weight, backend="fused")
+    loss = fcrn_loss(half, target, negative_weight=weight, backend="fused")
     scaler.scale(loss).backward()
     wide = pred.double().requires_grad_()
     true_loss = reference.fcrn_loss(wide, target.double(), negative_weight=weight.double())
     (true_loss * 65536.0).backward()
-    assert leaf.grad is not None
+    assert half.grad is not None
     assert wide.grad is not None
-    check_close(loss, true_loss, leaf.grad, wide.grad)
+    check_close(loss, true_loss, half.grad, wide.grad)
     smallest = torch.finfo(torch.float16).smallest_normal
-    flushed = int(((leaf.grad == 0) & (wide.grad.abs() >= smallest)).sum())
+    flushed = int(((half.grad == 0) & (wide.grad.abs() >= smallest)).sum())
     if flushed:
         raise CheckFailedError(f"{flushed} gradients that float16 can hold were flushed to 0")
-    optimiser = torch.optim.SGD([leaf], lr=1.0)
-    scaler.step(optimiser)
+    before = parameter.detach().clone()
+    scaler.step(torch.optim.SGD([parameter], lr=1.0))
     scaler.update()
-    if scaler.get_scale() != 65536.0:
+    if torch.equal(parameter, before) or scaler.get_scale() != 65536.0:
         raise CheckFailedError("the scaler found an infinity and skipped the step")
     yield {"status": "passed", "detail": "scale 65536, gradients within 2 ulp, the step was taken"}
 

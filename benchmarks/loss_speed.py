@@ -620,6 +620,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     backend = serving_backend(options.device, options.backend)
     started = time.monotonic()
     run = provenance.describe_run(options.device)
+    if warning := provenance.busy_warning():
+        print(warning)
     print(f"{provenance.device_name(run['device'])}, PyTorch {torch.__version__}, ours: {backend}")
     if backend == "reference":
         reason = ops.why_not(options.device.type) or "--backend reference"

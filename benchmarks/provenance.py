@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-import fcrn_fused
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -23,9 +21,22 @@ def describe_run(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "git_commit": git_commit(),
+        "load_before": round(os.getloadavg()[0], 2),
         "device": describe_device(device),
         "versions": versions(),
     }
+
+
+def busy_warning(cores: int | None = None) -> str | None:
+    """A sentence where the machine has more to do than this run, so that figures will waver."""
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return None
+    cores = cores or len(os.sched_getaffinity(0))
+    if load < 0.5 * cores:
+        return None
+    return f"the machine is busy (load {load:.1f} on {cores} cores): figures will waver"
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -82,6 +93,8 @@ def gpu_driver() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of what the figures depend on."""
+    import fcrn_fused  # not above: report.py reads records where it is not installed
+
     return {
         "fcrn_fused": fcrn_fused.__version__,
         "torch": torch.__version__,

@@ -179,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is nothing to take apart: {why}")
 
     run = provenance.describe_run(device)
+    if warning := provenance.busy_warning():
+        print(warning)
     print(f"{provenance.device_name(run['device'])}, PyTorch {torch.__version__}")
     rows = []
     for name, size in SIZES.items():

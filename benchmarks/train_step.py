@@ -237,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
 
     run = provenance.describe_run(device)
+    if warning := provenance.busy_warning():
+        print(warning)
     backend = serving_backend(device, "auto")
     print(f"{provenance.device_name(run['device'])}, PyTorch {torch.__version__}, ours: {backend}")
     if backend == "reference":
