@@ -1,0 +1,212 @@
+"""torch.export, an AOTInductor package, and opcheck on the operators beneath."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import fcrn_fused
+import oracle
+import pytest
+import torch
+from batches import DTYPES, REDUCTIONS, make_batch
+from implementations import Implementation
+from tolerances import assert_loss
+
+
+class Validation(torch.nn.Module):
+    """What one exports: a network with the loss of its prediction."""
+
+    def __init__(self, impl: Implementation, **settings: Any) -> None:
+        super().__init__()
+        self.network = torch.nn.Conv2d(3, 7, 1)
+        self.loss = impl.module(negative_weight=0.25, **settings)
+
+    def forward(self, picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.network(picture), target)
+
+
+def picture_and_target(device: str, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    picture = torch.randn((batch, 3, 4, 6), generator=generator).to(device)
+    return picture, make_batch((batch, 7, 4, 6), device=device, ignored=0.2, seed=seed)[1]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_export(impl: Implementation, reduction: str, strict: bool) -> None:
+    model = Validation(impl, reduction=reduction, ignore_value=-1.0).to(impl.device)
+    example = picture_and_target(impl.device)
+    exported = torch.export.export(model, example, strict=strict)
+    for seed in range(2):
+        arguments = picture_and_target(impl.device, seed=seed)
+        torch.testing.assert_close(exported.module()(*arguments), model(*arguments))
+
+
+def test_export_with_a_batch_of_any_size_and_back_from_a_file(impl: Implementation) -> None:
+    model = Validation(impl).to(impl.device)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(
+        model, picture_and_target(impl.device), dynamic_shapes=({0: batch}, {0: batch})
+    )
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for size in (2, 5, 9):
+        arguments = picture_and_target(impl.device, batch=size)
+        torch.testing.assert_close(loaded(*arguments), model(*arguments))
+
+
+def test_the_exported_weight_is_a_buffer_that_can_be_annealed(impl: Implementation) -> None:
+    model = Validation(impl).to(impl.device)
+    arguments = picture_and_target(impl.device)
+    exported = torch.export.export(model, arguments).module()
+    assert "loss.negative_weight" in exported.state_dict()
+    with torch.no_grad():
+        model.loss.negative_weight.fill_(1.0)
+        dict(exported.named_buffers())["loss.negative_weight"].fill_(1.0)
+    torch.testing.assert_close(exported(*arguments), model(*arguments))
+
+
+@pytest.mark.slow
+def test_an_aot_inductor_package(fused: Implementation, tmp_path: Path) -> None:
+    model = Validation(fused, ignore_value=-1.0).to(fused.device).eval()
+    arguments = picture_and_target(fused.device)
+    with torch.no_grad():
+        exported = torch.export.export(model, arguments)
+        package = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(tmp_path / "loss.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(package)
+        for seed in range(2):
+            arguments = picture_and_target(fused.device, seed=seed)
+            torch.testing.assert_close(loaded(*arguments), model(*arguments))
+
+
+def op_arguments(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    reduction: str,
+    *,
+    tensors: bool = False,
+    ignore_value: float | None = -1.0,
+) -> tuple[Any, ...]:
+    """The arguments that the three operators share, as the package passes them."""
+    maps = pred.shape[1]
+    weights: tuple[Any, ...] = (None, None, 0.3, 1.3, [0.5] * (maps - 1))
+    if tensors:
+        weights = (
+            torch.tensor(0.3, device=pred.device),
+            torch.full((maps - 1,), 0.5, device=pred.device),
+            0.0,
+            1.3,
+            [],
+        )
+    return (pred, target, *weights, ignore_value, REDUCTIONS.index(reduction))
+
+
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "slice": lambda t: torch.cat([t, t], 3)[..., ::2],
+}
+CASES = [
+    *itertools.product(REDUCTIONS, [torch.float32], ["contiguous"], [False, True]),
+    *itertools.product(["mean", "none"], DTYPES, LAYOUTS, [False]),
+]
+
+
+@pytest.mark.parametrize(("reduction", "dtype", "layout", "tensors"), CASES, ids=str)
+def test_opcheck(
+    fused: Implementation, reduction: str, dtype: torch.dtype, layout: str, tensors: bool
+) -> None:
+    pred, target = make_batch(
+        (2, 3, 4, 6), dtype=dtype, device=fused.device, ignored=0.2, requires_grad=False
+    )
+    pred = LAYOUTS[layout](pred)
+    shared = op_arguments(pred, target, reduction, tensors=tensors)
+    ops = torch.ops.fcrn_fused
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for want_grad, want_stats in itertools.product((False, True), repeat=2):
+        if want_grad and reduction in ("cell", "none"):
+            continue
+        result = torch.library.opcheck(
+            ops.forward.default, (*shared, want_grad, want_stats), test_utils=tests
+        )
+        assert set(result.values()) == {"SUCCESS"}
+    loss, *parts = ops.forward(*shared, False, True)
+    num_positive = parts[-1] if reduction == "positive" else None
+    grad_output = torch.randn_like(loss)
+    for wrt_target in (False, True):
+        result = torch.library.opcheck(
+            ops.backward.default,
+            (grad_output, *shared, num_positive, wrt_target),
+            test_utils=tests,
+        )
+        assert set(result.values()) == {"SUCCESS"}
+    if reduction not in ("cell", "none") and dtype != torch.float16:
+        grad = ops.forward(*shared, True, False)[-1]
+        result = torch.library.opcheck(
+            ops.rescale_.default, (grad, grad_output, *shared, num_positive), test_utils=tests
+        )
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_dynamic_tracing(fused: Implementation) -> None:
+    """AOTAutograd with symbolic sizes over the operators."""
+    pred, target = make_batch((2, 3, 4, 6), device=fused.device, requires_grad=False)
+    shared = op_arguments(pred, target, "mean")
+    for arguments in ((*shared, False, True), (*shared, True, False)):
+        result = torch.library.opcheck(
+            torch.ops.fcrn_fused.forward.default, arguments, test_utils="test_aot_dispatch_dynamic"
+        )
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(
+    dtype: torch.dtype, reduction: str
+) -> None:
+    pred, target = make_batch((2, 3, 4, 6), dtype=dtype)
+    real = fcrn_fused.reference.fcrn_loss(pred, target, reduction=reduction, return_stats=True)
+    meta_pred = pred.detach().to("meta").requires_grad_()
+    loss, stats = fcrn_fused.fcrn_loss(
+        meta_pred, target.to("meta"), reduction=reduction, return_stats=True, backend="reference"
+    )
+    assert loss.is_meta
+    assert (loss.shape, loss.dtype) == (real[0].shape, real[0].dtype)
+    for part, want in zip(stats, real[1], strict=True):
+        assert part.is_meta
+        assert (part.shape, part.dtype) == (want.shape, want.dtype)
+    loss.sum().backward()
+    assert (meta_pred.grad.shape, meta_pred.grad.dtype) == (pred.shape, pred.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_tensors_through_the_public_function(
+    impl: Implementation, dtype: torch.dtype
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    pred, target = make_batch((2, 3, 4, 6), dtype=dtype, device=impl.device)
+    pred = pred.detach()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(pred).requires_grad_()
+        loss = impl.loss(fake, mode.from_tensor(target), reduction="cell")
+        loss.sum().backward()
+    assert loss.shape == (2, 4, 6)
+    assert fake.grad.dtype == dtype
+    assert fake.grad.stride() == pred.stride()
+
+
+def test_a_loss_on_the_export_example_is_right(impl: Implementation) -> None:
+    """The oracle's word on the model that the tests above compare with itself."""
+    model = Validation(impl, ignore_value=-1.0).to(impl.device)
+    picture, target = picture_and_target(impl.device)
+    pred = model.network(picture)
+    truth = oracle.fcrn_loss(pred, target, negative_weight=0.25, ignore_value=-1.0)
+    assert_loss(model(picture, target), truth.loss, torch.float32)
