@@ -232,6 +232,15 @@ def test_every_number_is_a_weight(impl: Implementation, weight: float) -> None:
         assert_loss(loss, truth.loss, torch.float32)
 
 
+def test_integers_beyond_64_bits_are_numbers_too(impl: Implementation) -> None:
+    pred, target = make_batch((2, 3, 5), device=impl.device)
+    for name in ("negative_weight", "positive_weight", "coord_weight"):
+        loss = impl.loss(pred, target, **{name: 2**70})
+        assert_loss(loss, oracle.fcrn_loss(pred, target, **{name: 2.0**70}).loss, torch.float32)
+    loss = impl.loss(pred, target, ignore_value=2**70)
+    assert_loss(loss, oracle.fcrn_loss(pred, target).loss, torch.float32)
+
+
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_negative_weight_as_a_tensor(
