@@ -1,0 +1,1 @@
+"""Whole uses of fcrn_fused."""

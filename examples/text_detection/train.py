@@ -1,0 +1,281 @@
+"""Train the network and show what it learnt.
+
+    python -m examples.text_detection.train                    # minutes on a laptop
+    python -m examples.text_detection.train --resume           # go on after Ctrl-C
+    torchrun --nproc-per-node 2 -m examples.text_detection.train
+
+The output folder gets `log.csv`, `checkpoint.pt`, `detections.png`, `curves.png` and
+`score.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from .batches import StepSampler, load
+from .detection import detect
+from .draw import save_curves, save_detections
+from .errors import UserError, exit_on_user_error
+from .evaluate import HELD_OUT_SEED, evaluate
+from .generator import GeneratedText
+from .grid import warn_if_pixels
+from .log import Log, read_log
+from .model import STRIDES, WIDTHS
+from .processes import joined
+from .scene import Scene
+from .scoring import Score
+from .synthtext import SynthText
+from .training import Recipe, Training, read_checkpoint, save
+
+_COLUMNS = (
+    "loss",
+    "coord",
+    "positive_conf",
+    "negative_conf",
+    "num_positive",
+    "collisions",
+    "negative_weight",
+    "learning_rate",
+    "precision",
+    "recall",
+    "f_measure",
+)
+_DRAWN = 12  # held-out pictures on the sheet of detections
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run does around its recipe, free to change when it is resumed."""
+
+    out: Path = Path("runs/train")
+    resume: bool = False
+    device: str = "auto"
+    workers: int = 1
+    compile: bool = False
+    log_every: int = 5
+    score_every: int = 100
+    save_every: int = 100
+    held_out: int = 200
+
+
+def train(recipe: Recipe, run: Run) -> Score | None:
+    """Train by `recipe` into `run.out`; the final score, None if it was interrupted before."""
+    started = time.monotonic()
+    with joined(run.device) as processes:
+        scenes, held_out = _scenes(recipe, run)
+        training = Training(recipe, processes, run.compile)
+        checkpoint = run.out / "checkpoint.pt"
+        if run.resume:
+            training.load_state_dict(read_checkpoint(checkpoint, processes.device))
+        elif processes.first:
+            _set_aside(run.out)
+        run.out.mkdir(parents=True, exist_ok=True)
+        if not _optimise(training, scenes, held_out, run):
+            if processes.first:
+                print(f"interrupted; {checkpoint} holds step {training.step}, --resume goes on")
+            return None
+        if not processes.first:
+            return None
+        score = evaluate(training.model, recipe.grid(), held_out, progress=True)
+        _show(training, held_out, score, run)
+        print(f"held-out pictures: {score}")
+        print(f"figures in {run.out}; {time.monotonic() - started:.0f} s in all")
+        return score
+
+
+def _scenes(recipe: Recipe, run: Run) -> tuple[Dataset[Scene], Dataset[Scene]]:
+    """The training scenes and the held-out ones, which share no picture."""
+    if not recipe.data:
+        return (
+            GeneratedText(recipe.pictures, recipe.size, "train", recipe.seed),
+            GeneratedText(run.held_out, recipe.size, "held-out", HELD_OUT_SEED),
+        )
+    scenes = SynthText(Path(recipe.data))
+    if len(scenes) <= run.held_out:
+        raise UserError(
+            f"{recipe.data} has {len(scenes)} pictures, of which --held-out {run.held_out} leaves "
+            "none to train on"
+        )
+    last = len(scenes) - run.held_out
+    return Subset(scenes, range(last)), Subset(scenes, range(last, len(scenes)))
+
+
+def _optimise(
+    training: Training, scenes: Dataset[Scene], held_out: Dataset[Scene], run: Run
+) -> bool:
+    """Take the steps that are left, logging and saving; whether they were all taken."""
+    recipe, processes = training.recipe, training.processes
+    log = None
+    if processes.first:
+        log = Log(run.out / "log.csv", _COLUMNS, training.step if run.resume else None)
+    # A glance while training; the score that counts is of all held-out pictures at the end.
+    few = Subset(held_out, range(min(50, run.held_out)))
+    steps = StepSampler(
+        len(scenes),  # type: ignore[arg-type]
+        recipe.batch,
+        training.step,
+        recipe.steps,
+        recipe.seed,
+        processes.rank,
+        processes.count,
+    )
+    bar = tqdm(
+        load(scenes, recipe.grid(), steps, run.workers),
+        "train",
+        total=recipe.steps,
+        initial=training.step,
+        disable=not processes.first,
+    )
+    with bar, _ctrl_c() as pressed:
+        for pictures, target, collisions in bar:
+            if training.step == 0:
+                warn_if_pixels(target.numpy())
+            stats = training.advance(pictures, target)
+            last = training.step == recipe.steps
+            if training.step % run.log_every == 0 or last:
+                parts = training.parts(stats, len(pictures))
+                bar.set_postfix_str(
+                    f"loss {parts.loss:.3f} = pose {parts.coord:.3f} + confidence "
+                    f"{parts.positive_conf:.3f} (positive) + {parts.negative_conf:.3f} (negative)"
+                )
+                score = {}
+                if log and (training.step % run.score_every == 0 or last):
+                    score = _ratios(evaluate(training.model, recipe.grid(), few))
+                if log:
+                    log.add(
+                        training.step,
+                        **asdict(parts),
+                        collisions=int(collisions.sum()),
+                        negative_weight=training.negative_weight.get_last_weight(),
+                        learning_rate=training.learning_rate.get_last_lr()[0],
+                        **score,
+                    )
+            stop = processes.any(bool(pressed))
+            if processes.first and (training.step % run.save_every == 0 or last or stop):
+                save(training.state_dict(), run.out / "checkpoint.pt")
+            if stop and not last:
+                return False
+    return True
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising at once, so that a step is never left half done.
+
+    A second Ctrl-C acts as usual.
+    """
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ratios(score: Score) -> dict[str, float]:
+    return {
+        "precision": score.precision,
+        "recall": score.recall,
+        "f_measure": score.f_measure,
+    }
+
+
+def _show(training: Training, held_out: Dataset[Scene], score: Score, run: Run) -> None:
+    """Write the two figures and the score."""
+    grid = training.recipe.grid()
+    count = min(_DRAWN, len(held_out))  # type: ignore[arg-type]
+    scenes = [held_out[index].resized(grid.width, grid.height) for index in range(count)]
+    found = [detect(training.model, grid, scene.picture, scales=(1.0,)) for scene in scenes]
+    save_detections(scenes, found, run.out / "detections.png")
+    log = read_log(run.out / "log.csv")
+    save_curves(log, run.out / "curves.png", f"held-out pictures: F-measure {score.f_measure:.3f}")
+    summary = {**_ratios(score), **asdict(score), "recipe": asdict(training.recipe)}
+    (run.out / "score.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _set_aside(out: Path) -> None:
+    """Rename the folder of an earlier run, so that nothing it computed is lost."""
+    if not (out / "checkpoint.pt").exists():
+        return
+    number = 1
+    while (kept := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    out.rename(kept)
+    print(f"the earlier run in {out} is now in {kept}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train",
+        description="Train the text detector and show what it learnt.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    recipe, run = Recipe(), Run()
+    add = parser.add_argument
+    add("--out", type=Path, default=run.out, help="folder to write to")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    add("--data", default=recipe.data, help="folder in SynthText's format; else generated")
+    add(
+        "--pictures", type=_positive, default=recipe.pictures, help="generated pictures to train on"
+    )
+    add("--held-out", type=_positive, default=run.held_out, help="pictures kept for scoring")
+    add("--size", type=_positive, default=recipe.size, help="side of a picture in pixels")
+    add("--stride", type=int, choices=STRIDES, default=recipe.stride, help="side of a cell")
+    add("--width", choices=tuple(WIDTHS), default=recipe.width, help="channels of the network")
+    add("--norm", choices=("batch", "group", "none"), default=recipe.norm, help="normalisation")
+    add("--batch", type=_positive, default=recipe.batch, help="pictures a step")
+    add("--steps", type=_positive, default=recipe.steps, help="steps in all")
+    add("--learning-rate", type=float, default=recipe.learning_rate, help="the highest")
+    add("--head-rate", type=float, default=recipe.head_rate, help="share of it for the head")
+    add("--clip", type=float, default=recipe.clip, help="largest norm of a gradient")
+    add("--decay", choices=("cosine", "paper"), default=recipe.decay, help="of the learning rate")
+    add("--weight-decay", type=float, default=recipe.weight_decay, help="of SGD")
+    add("--anneal", type=float, default=recipe.anneal, help="share of the steps till weight 1")
+    add("--size-weight", type=float, default=recipe.size_weight, help="of w and h in the loss")
+    add("--reduction", choices=("mean", "batchmean", "positive"), default=recipe.reduction)
+    add("--seed", type=int, default=recipe.seed, help="of pictures, order and weights")
+    add("--amp", action="store_true", help="bfloat16 autocast")
+    add("--compile", action="store_true", help="torch.compile the step")
+    add("--device", default=run.device, help="cpu, cuda, or auto: a GPU if there is one")
+    add("--workers", type=int, default=run.workers, help="processes that make pictures")
+    add("--log-every", type=_positive, default=run.log_every, help="steps a row of log.csv")
+    add("--score-every", type=_positive, default=run.score_every, help="steps a score")
+    add("--save-every", type=_positive, default=run.save_every, help="steps a checkpoint")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = vars(_parser().parse_args(arguments))
+    recipe, run = (
+        kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})
+        for kind in (Recipe, Run)
+    )
+    train(recipe, run)
+
+
+if __name__ == "__main__":
+    main()

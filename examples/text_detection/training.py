@@ -1,0 +1,250 @@
+"""One step of training, and everything a run must remember to go on as if never interrupted."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fcrn_fused import FCRNLoss, FCRNLossStats, StepNegativeWeight
+
+from .errors import UserError
+from .grid import IGNORE, Grid
+from .model import FCRN, Norm
+from .processes import Processes
+
+_GAMMA = 1.05  # growth of the negative weight, from 0.01, as the paper's authors have it
+_GROWTHS = math.ceil(math.log(100) / math.log(_GAMMA))  # 95 growths lead from 0.01 to 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the result of a run; a run goes on only with the recipe it began with.
+
+    data: a folder in SynthText's format, "" for generated pictures.
+    pictures: number of generated training pictures; more than are seen means none comes twice.
+    size: width and height of the training pictures, in pixels.
+    batch: pictures a step, of all processes together.
+    learning_rate: the highest; it rises over the first twentieth of the steps and, with
+        `decay` "cosine", falls to a hundredth by the end; with "paper" it falls to a tenth in
+        the second half.
+    head_rate: learning rate of the last convolution, as a share of the others'. Its inputs are
+        many and alike, so the loss is steep along a few directions of its weights; the layers
+        before it are normalised and stand a far higher rate.
+    clip: a gradient of a larger norm is cut back to it.
+    anneal: share of the steps over which the weight of negative cells rises from 0.01 to 1.
+    size_weight: what the loss pays for w and h more than for x and y. A pixel of x is 1 / stride
+        and a pixel of w is 1 / W, so (W / stride)^2 would make all pixels cost the same.
+    reduction: of the loss, "mean", "batchmean" or "positive".
+    amp: bfloat16 autocast.
+    """
+
+    data: str = ""
+    pictures: int = 100_000
+    size: int = 256
+    stride: int = 16
+    width: str = "narrow"
+    norm: Norm = "batch"
+    batch: int = 16
+    steps: int = 700
+    learning_rate: float = 1.0
+    decay: str = "cosine"
+    head_rate: float = 0.001
+    clip: float = 1.0
+    weight_decay: float = 5e-4
+    anneal: float = 0.8
+    size_weight: float = 4.0
+    reduction: str = "positive"
+    amp: bool = False
+    seed: int = 0
+
+    def grid(self) -> Grid:
+        return Grid(self.stride, self.size, self.size)
+
+    def model(self) -> FCRN:
+        return FCRN(self.width, self.stride, self.norm)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A step's loss and what it is made of, all divided as the reduction divides."""
+
+    loss: float
+    coord: float
+    positive_conf: float
+    negative_conf: float
+    num_positive: int
+
+
+class Training:
+    """Model, loss, optimiser and the two schedules, stepped and saved together."""
+
+    def __init__(self, recipe: Recipe, processes: Processes, compiled: bool = False) -> None:
+        self.recipe = recipe
+        self.processes = processes
+        self.step = 0
+        torch.manual_seed(recipe.seed)
+        self.model = recipe.model().to(processes.device)
+        self.shared = processes.share(self.model)
+        # A sum can be divided by the number of positive cells of all processes; see `_divided`.
+        summed = recipe.reduction == "positive" and processes.count > 1
+        self.loss = FCRNLoss(
+            coord_weight=(1.0, 1.0, recipe.size_weight, recipe.size_weight, 1.0, 1.0),
+            ignore_value=IGNORE,
+            reduction="sum" if summed else recipe.reduction,
+            return_stats=True,
+        ).to(processes.device)
+        head = {
+            "params": self.model.head.parameters(),
+            "lr": recipe.learning_rate * recipe.head_rate,
+        }
+        self.optimiser = torch.optim.SGD(
+            [{"params": self.model.features.parameters()}, head],
+            lr=recipe.learning_rate,
+            momentum=0.9,
+            weight_decay=recipe.weight_decay,
+        )
+        self.learning_rate = LambdaLR(self.optimiser, self._rate)
+        self.negative_weight = StepNegativeWeight(
+            self.loss,
+            gamma=_GAMMA,
+            step_size=max(1, round(recipe.anneal * recipe.steps / _GROWTHS)),
+        )
+        self._forward = (
+            torch.compile(self._predict_and_lose) if compiled else self._predict_and_lose
+        )
+
+    def advance(self, pictures: Tensor, target: Tensor) -> FCRNLossStats:
+        """Take one step on this process's part of the batch; the sums of the loss's parts.
+
+        pictures: (B, 3, H, W) uint8; target: (B, 7, H / stride, W / stride).
+        """
+        device = self.processes.device
+        pictures = pictures.to(device, non_blocking=True)
+        target = target.to(device, non_blocking=True)
+        self.shared.train()
+        loss, stats = self._forward(pictures, target)
+        self.optimiser.zero_grad(set_to_none=True)
+        self._divided(loss, stats).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimiser.step()
+        self.learning_rate.step()
+        self.negative_weight.step()
+        self.step += 1
+        return stats
+
+    def parts(self, stats: FCRNLossStats, pictures: int) -> Parts:
+        """The parts of the whole batch's loss from this process's sums; collective.
+
+        pictures: how many this process's part of the batch had.
+        """
+        sums = torch.stack([value.double() for value in stats])
+        coord, positive, negative, count = self.processes.sum(sums).tolist()
+        pictures *= self.processes.count
+        cells = (self.recipe.size // self.recipe.stride) ** 2
+        divisor = {
+            "mean": pictures * 7 * cells,
+            "batchmean": pictures,
+            "positive": max(1.0, count),
+        }[self.recipe.reduction]
+        shares = coord / divisor, positive / divisor, negative / divisor
+        return Parts(sum(shares), *shares, int(count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs; tensors and plain values only."""
+        state = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "negative_weight": self.negative_weight.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.processes.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.processes.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; UserError if it is of another recipe."""
+        for name, value in asdict(self.recipe).items():
+            saved = state["recipe"].get(name)
+            if saved != value:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"the checkpoint was made with {flag} {saved}, this run asks for {value}: give "
+                    f"{flag} {saved} to go on, or leave --resume out to start anew"
+                )
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        self.negative_weight.load_state_dict(state["negative_weight"])
+        torch.set_rng_state(state["random"])
+        if "random_cuda" in state and self.processes.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.processes.device)
+
+    def _predict_and_lose(self, pictures: Tensor, target: Tensor) -> tuple[Tensor, FCRNLossStats]:
+        device_type = self.processes.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.recipe.amp):
+            return self.loss(self.shared(pictures), target)
+
+    def _divided(self, loss: Tensor, stats: FCRNLossStats) -> Tensor:
+        """The loss whose gradient, averaged over the processes, is that of the whole batch.
+
+        DistributedDataParallel averages gradients over K processes. With "mean" and "batchmean"
+        every process divides by the same number, so the average is right as it is. With
+        "positive" it is not: each process would divide by its own number of positive cells. The
+        recipe: take reduction="sum", add up the number of positive cells N over the processes,
+        and scale by K / N, so that the average of the K gradients is that of sum / N.
+        """
+        if self.recipe.reduction != "positive" or self.processes.count == 1:
+            return loss
+        positives = self.processes.sum(stats.num_positive).clamp(min=1)
+        return loss * (self.processes.count / positives)
+
+    def _rate(self, step: int) -> float:
+        steps = self.recipe.steps
+        warm_up = max(1, steps // 20)
+        if step < warm_up:
+            return (step + 1) / warm_up
+        if self.recipe.decay == "paper":
+            return 1.0 if step < steps // 2 else 0.1
+        progress = min(1.0, (step - warm_up) / max(1, steps - warm_up))
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that `path` always holds a whole one, the old or the new."""
+    beside = path.with_suffix(".tmp")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save` wrote; UserError where there is no such file or it is something else."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; `train` writes one") from None
+    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read {path} as a checkpoint: {reason}") from None
+    if not isinstance(state, dict) or "recipe" not in state:
+        raise UserError(f"{path} is not a checkpoint that `train` wrote")
+    return state
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Grid]:
+    """The trained network of a checkpoint, in eval mode, and its coding of boxes."""
+    state = read_checkpoint(path, device)
+    recipe = Recipe(**state["recipe"])
+    model = recipe.model().to(device)
+    model.load_state_dict(state["model"])
+    return model.eval(), recipe.grid()
