@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .grid import Grid
+from .errors import UserError
+from .grid import IGNORE, Grid
 from .scene import Scene
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -19,7 +21,10 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class CodedScenes(Dataset[Batch]):
-    """The scenes of a data set, stretched to the grid's training size and coded."""
+    """The scenes of a data set, stretched to the grid's training size and coded.
+
+    A scene whose picture cannot be read is warned about and has only ignored cells.
+    """
 
     def __init__(self, scenes: Dataset[Scene], grid: Grid) -> None:
         self.scenes = scenes
@@ -29,13 +34,25 @@ class CodedScenes(Dataset[Batch]):
         return len(self.scenes)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Batch:
-        scene = self.scenes[index].resized(self.grid.width, self.grid.height)
-        coded = self.grid.encode(scene.quads, self.grid.width, self.grid.height)
+        width, height = self.grid.width, self.grid.height
+        try:
+            scene = self.scenes[index].resized(width, height)
+        except UserError as error:
+            # One spoilt file must not end a long run: all its cells are ignored.
+            warnings.warn(f"scene {index} counts for nothing: {error}", stacklevel=1)
+            return self._nothing()
+        coded = self.grid.encode(scene.quads, width, height)
         return (
             torch.from_numpy(scene.picture).permute(2, 0, 1),
             torch.from_numpy(coded.target),
             torch.tensor(coded.collisions),
         )
+
+    def _nothing(self) -> Batch:
+        width, height, stride = self.grid.width, self.grid.height, self.grid.stride
+        target = torch.zeros(7, height // stride, width // stride)
+        target[6] = IGNORE
+        return torch.zeros(3, height, width, dtype=torch.uint8), target, torch.tensor(0)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -95,6 +112,17 @@ def load(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
+
+
+def load_scenes(scenes: Dataset[Scene], workers: int) -> DataLoader[Scene]:
+    """All scenes in order, made by `workers` processes beside this one."""
+    return DataLoader(
+        scenes, batch_size=None, num_workers=workers, worker_init_fn=_start_worker, collate_fn=_same
+    )
+
+
+def _same(scene: Scene) -> Scene:
+    return scene  # the default would make tensors of the arrays
 
 
 def _start_worker(worker: int) -> None:

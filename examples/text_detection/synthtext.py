@@ -106,7 +106,9 @@ def _read_columns(path: Path) -> list[NDArray[np.object_]]:
         raise UserError(f"{path} is not SynthText's: it has no {' and no '.join(missing)}")
     columns = [np.ravel(contents[name]) for name in _COLUMNS]
     if len({len(column) for column in columns}) > 1:
-        counts = ", ".join(f"{len(column)} {name}" for name, column in zip(_COLUMNS, columns))
+        counts = ", ".join(
+            f"{len(column)} {name}" for name, column in zip(_COLUMNS, columns, strict=True)
+        )
         raise UserError(f"{path} is not SynthText's: it has {counts}, not one of each a picture")
     if not len(columns[0]):
         raise UserError(f"{path} lists no pictures")

@@ -231,9 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=run.out, help="folder to write to")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--data", default=recipe.data, help="folder in SynthText's format; else generated")
-    add(
-        "--pictures", type=_positive, default=recipe.pictures, help="generated pictures to train on"
-    )
+    add("--pictures", type=_positive, default=recipe.pictures, help="generated to train on")
     add("--held-out", type=_positive, default=run.held_out, help="pictures kept for scoring")
     add("--size", type=_positive, default=recipe.size, help="side of a picture in pixels")
     add("--stride", type=int, choices=STRIDES, default=recipe.stride, help="side of a cell")

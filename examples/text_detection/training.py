@@ -100,25 +100,12 @@ class Training:
             reduction="sum" if summed else recipe.reduction,
             return_stats=True,
         ).to(processes.device)
-        head = {
-            "params": self.model.head.parameters(),
-            "lr": recipe.learning_rate * recipe.head_rate,
-        }
-        self.optimiser = torch.optim.SGD(
-            [{"params": self.model.features.parameters()}, head],
-            lr=recipe.learning_rate,
-            momentum=0.9,
-            weight_decay=recipe.weight_decay,
-        )
-        self.learning_rate = LambdaLR(self.optimiser, self._rate)
-        self.negative_weight = StepNegativeWeight(
-            self.loss,
-            gamma=_GAMMA,
-            step_size=max(1, round(recipe.anneal * recipe.steps / _GROWTHS)),
-        )
-        self._forward = (
-            torch.compile(self._predict_and_lose) if compiled else self._predict_and_lose
-        )
+        self.optimiser = sgd(self.model, recipe)
+        self.learning_rate = rate_schedule(self.optimiser, recipe)
+        self.negative_weight = weight_schedule(self.loss, recipe)
+        self._forward = self._predict_and_lose
+        if compiled:
+            self._forward = torch.compile(self._predict_and_lose)
 
     def advance(self, pictures: Tensor, target: Tensor) -> FCRNLossStats:
         """Take one step on this process's part of the batch; the sums of the loss's parts.
@@ -209,15 +196,37 @@ class Training:
         positives = self.processes.sum(stats.num_positive).clamp(min=1)
         return loss * (self.processes.count / positives)
 
-    def _rate(self, step: int) -> float:
-        steps = self.recipe.steps
-        warm_up = max(1, steps // 20)
+
+def sgd(model: FCRN, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with momentum 0.9 and a rate of its own for the head."""
+    rate = recipe.learning_rate
+    groups = [
+        {"params": model.features.parameters()},
+        {"params": model.head.parameters(), "lr": rate * recipe.head_rate},
+    ]
+    return torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=recipe.weight_decay)
+
+
+def rate_schedule(optimiser: torch.optim.SGD, recipe: Recipe) -> LambdaLR:
+    """The learning rate step by step, as `Recipe` tells."""
+    steps = recipe.steps
+    warm_up = max(1, steps // 20)
+
+    def share(step: int) -> float:
         if step < warm_up:
             return (step + 1) / warm_up
-        if self.recipe.decay == "paper":
+        if recipe.decay == "paper":
             return 1.0 if step < steps // 2 else 0.1
         progress = min(1.0, (step - warm_up) / max(1, steps - warm_up))
         return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimiser, share)
+
+
+def weight_schedule(loss: FCRNLoss, recipe: Recipe) -> StepNegativeWeight:
+    """The authors' schedule, its steps scaled to the length of the run."""
+    step_size = max(1, round(recipe.anneal * recipe.steps / _GROWTHS))
+    return StepNegativeWeight(loss, gamma=_GAMMA, step_size=step_size)
 
 
 def save(state: dict[str, Any], path: Path) -> None:
