@@ -5,40 +5,37 @@
 // A positive cell has a target confidence above 0, a negative one does not, an ignored one has the
 // confidence that the caller gave for that. With w the weight of an element,
 //   E = w * (pred - target)^2   and   dloss/dpred = 2 * w * (pred - target) * dloss/dE.
-// Elements of weight 0 by their kind must not get here: 0 * NaN is NaN.
+// Elements of weight 0 by their kind must be left out by a choice, not a product: 0 * NaN is NaN.
+//
+// `Value` is a scalar or, in the CPU's loops, a vector of them; a comparison of vectors is a mask.
 #pragma once
 
 #include "scalar_types.h"
 
 namespace fcrn {
 
-enum class CellKind : int32_t { ignored, negative, positive };
-
+// Weights and the ignored confidence, rounded to what confidences are compared in; NaN, which is
+// equal to nothing, where no confidence is to be ignored.
 template <typename Acc>
 struct CellRule {
-  bool has_ignore_value;
-  Acc ignore_value;  // rounded to the dtype that confidences are compared in
+  Acc ignore_value;
   Acc negative_weight, positive_weight;
 };
 
-template <typename Acc>
-FCRN_HD CellKind cell_kind(const CellRule<Acc>& rule, Acc target_confidence) {
-  if (rule.has_ignore_value && target_confidence == rule.ignore_value) return CellKind::ignored;
-  return target_confidence > Acc(0) ? CellKind::positive : CellKind::negative;
+// The confidence of the cell counts: the cell is positive or negative.
+template <typename Acc, typename Value>
+FCRN_HD auto is_counted(const CellRule<Acc>& rule, Value target_confidence) {
+  return target_confidence != rule.ignore_value;
 }
 
-template <typename Acc>
-FCRN_HD Acc confidence_weight(const CellRule<Acc>& rule, CellKind kind) {
-  return kind == CellKind::positive ? rule.positive_weight : rule.negative_weight;
+// The pose of the cell counts as well.
+template <typename Acc, typename Value>
+FCRN_HD auto is_positive(const CellRule<Acc>& rule, Value target_confidence) {
+  return (target_confidence > Acc(0)) & (target_confidence != rule.ignore_value);
 }
 
-template <typename Acc, typename Pred, typename Target>
-FCRN_HD Acc difference(Pred pred, Target target) {
-  return Convert<Acc>::from(pred) - Convert<Acc>::from(target);
-}
-
-template <typename Acc>
-FCRN_HD Acc weighted_error(Acc weight, Acc difference) {
+template <typename Value>
+FCRN_HD Value weighted_error(Value weight, Value difference) {
   return weight * (difference * difference);
 }
 
@@ -48,9 +45,14 @@ FCRN_HD double gradient_coefficient(double weight, double dloss_derror) {
   return 2.0 * weight * dloss_derror;
 }
 
-template <typename Acc>
-FCRN_HD Acc gradient(Acc coefficient, Acc difference) {
+template <typename Value>
+FCRN_HD Value gradient(Value coefficient, Value difference) {
   return coefficient * difference;
+}
+
+template <typename Acc, typename Pred, typename Target>
+FCRN_HD Acc difference(Pred pred, Target target) {
+  return Convert<Acc>::from(pred) - Convert<Acc>::from(target);
 }
 
 }  // namespace fcrn

@@ -234,8 +234,7 @@ inline void describe_rule(LossPass& pass, const Rule& rule, const Tensor& pred, 
                   "reduction must be 0 to 5");
   pass.reduction = static_cast<Reduction>(rule.reduction);
   pass.positive_weight = rule.positive_weight;
-  pass.has_ignore_value = rule.ignore_value.has_value();
-  if (pass.has_ignore_value) pass.ignore_value = rounded_to(kinds_dtype, *rule.ignore_value);
+  if (rule.ignore_value) pass.ignore_value = rounded_to(kinds_dtype, *rule.ignore_value);
 
   pass.negative_weight.number = rule.negative_weight;
   if (rule.negative_weight_tensor) {

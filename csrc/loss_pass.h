@@ -2,6 +2,8 @@
 // CUDA kernels both take this; a pass that writes no sums is a backward pass.
 #pragma once
 
+#include <cmath>
+
 #include "cell_loss.h"
 #include "tensor_view.h"
 
@@ -51,8 +53,8 @@ struct LossPass {
   Weight negative_weight;
   double positive_weight = 1.0;
   CoordWeights coord_weights;
-  bool has_ignore_value = false;
-  double ignore_value = 0.0;  // rounded to the dtype of the tensor that gives the kinds
+  // Rounded to the dtype of the tensor that gives the kinds; NaN: no cell is ignored.
+  double ignore_value = NAN;
   Reduction reduction = Reduction::mean;
 
   // The sums, and the loss made of them, all of the accumulator's type; nullptr: not wanted.
@@ -101,8 +103,8 @@ struct LossPass {
 
   template <typename Acc>
   FCRN_HD CellRule<Acc> rule() const {
-    return {has_ignore_value, static_cast<Acc>(ignore_value),
-            static_cast<Acc>(negative_weight.value()), static_cast<Acc>(positive_weight)};
+    return {static_cast<Acc>(ignore_value), static_cast<Acc>(negative_weight.value()),
+            static_cast<Acc>(positive_weight)};
   }
 };
 

@@ -35,12 +35,24 @@ STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CPU, library) { fcrn::register_ops<Cpu>(li
 
 namespace {
 
+void* cuda_library = nullptr;
+
 // Loads the library with the CUDA kernels, whose static initialisers register them; "" or the
 // reason why it does not load.
 std::string load_cuda_library(const std::string& path) {
-  if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) return "";
+  cuda_library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (cuda_library) return "";
   const char* error = dlerror();
   return error ? error : "unknown error of the dynamic linker";
+}
+
+// Why a CUDA device cannot run the kernels ("" if it can); begins to use the device.
+std::string cuda_problem(int device) {
+  if (!cuda_library) return "the CUDA library is not loaded";
+  const auto problem = reinterpret_cast<const char* (*)(int)>(
+      dlsym(cuda_library, "fcrn_fused_cuda_problem"));
+  const char* text = problem ? problem(device) : "the CUDA library is of another version";
+  return text ? text : "";
 }
 
 pybind11::dict build_info() {
@@ -58,5 +70,6 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The compiled kernels of fcrn_fused.";
   module.def("load_cuda_library", &load_cuda_library, pybind11::arg("path"));
+  module.def("cuda_problem", &cuda_problem, pybind11::arg("device"));
   module.def("build_info", &build_info);
 }

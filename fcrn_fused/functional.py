@@ -95,7 +95,7 @@ def fcrn_loss(
 def _fused_serves(pred: Tensor, target: Tensor, backend: str) -> bool:
     """Whether the compiled kernels serve the input; if not and they were asked for, raises."""
     transform = _active_transform(pred, target)
-    reason = transform or ops.why_not(pred.device.type)
+    reason = transform or ops.why_not(pred.device.type, pred.device.index)
     if reason is None:
         return True
     if backend == "fused":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import platform
 import sys
@@ -19,9 +20,18 @@ _PACKAGE = Path(__file__).parent
 _REBUILD = "reinstall fcrn_fused with `pip install --no-build-isolation .`"
 
 
-def why_not(device_type: str) -> str | None:
-    """Why the compiled kernels do not serve a type of device ("cpu", "cuda"); None: they do."""
-    return _problems.get(device_type, f"there are no kernels for {device_type} devices")
+def why_not(device_type: str, index: int | None = None) -> str | None:
+    """Why the compiled kernels do not serve a device ("cpu", "cuda"); None: they do.
+
+    `index` is that of a CUDA device, None the current one; the first question about one begins to
+    use it.
+    """
+    if device_type == "meta":
+        device_type = "cpu"  # shapes and dtypes only: the fake kernels serve it
+    problem = _problems.get(device_type, f"there are no kernels for {device_type} devices")
+    if problem is None and device_type == "cuda":
+        return _cuda_device_problem(index)
+    return problem
 
 
 def compiled_module() -> ModuleType | None:
@@ -138,6 +148,27 @@ def _load_cuda(module: ModuleType) -> str | None:
     if problem:
         return f"{library.name} does not load ({problem}); {_REBUILD}"
     return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _cuda_device_problem(index: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return (
+            "PyTorch sees no CUDA device (torch.cuda.is_available() is False); look for the GPU "
+            "and its driver with nvidia-smi"
+        )
+    assert _module is not None
+    index = torch.cuda.current_device() if index is None else index
+    problem: str = _module.cuda_problem(index)
+    if not problem:
+        return None
+    return (
+        f"cuda:{index}, {torch.cuda.get_device_name(index)}, cannot run the kernels ({problem}), "
+        f"which were built with CUDA {_module.build_info()['CUDA built with']} for "
+        f"{_module.build_info()['CUDA architectures']}; update the driver, or {_REBUILD} on the "
+        "machine with this GPU"
+    )
 
 
 def _register_fakes() -> None:

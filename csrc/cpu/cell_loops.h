@@ -1,9 +1,10 @@
 // The loops over the cells of a chunk, around the arithmetic of cell_loss.h. Compiled once for each
 // instruction set, in a namespace of its own: define FCRN_INSTRUCTION_SET before including this.
 //
-// A block of 16 cells, one cache line of float32, is the unit of everything: its cells are loaded
-// into arrays that the compiler keeps in vector registers, and where none of them is positive, the
-// pose maps are not read at all. Sums go to 16 double lanes, which are added in order at the end.
+// A block of 16 cells, one cache line of float32, is the unit of everything: where none of its cells
+// is positive, the pose maps are not read at all. A block is computed in vectors of the machine's
+// width. Errors are added up in 16 lanes, for at most 128 cells in the accumulator's type and from
+// there on in double; the lanes are added in order at the end.
 #pragma once
 
 #include <cstring>
@@ -19,14 +20,68 @@ namespace {
 
 constexpr int kBlock = 16;
 constexpr int kChunkBlocks = kChunkCells / kBlock;
+constexpr int kBlocksBetweenFlushes = 8;
 
-template <typename Acc, typename T>
-inline void load_block(const T* from, int count, Acc* to) {
-  for (int i = 0; i < count; ++i) to[i] = Convert<Acc>::from(from[i]);
+// ---- vectors ------------------------------------------------------------------------------------
+
+#if defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename Acc>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename Acc>
+using Vector = typename VectorOf<Acc>::type;
+template <typename Acc>
+constexpr int kLanes = kVectorBytes / sizeof(Acc);
+
+template <typename Acc>
+inline Vector<Acc> vector_at(const Acc* from) {
+  Vector<Acc> vector;
+  memcpy(&vector, from, sizeof(vector));
+  return vector;
 }
 
+template <typename Acc>
+inline void put_at(Acc* to, Vector<Acc> vector) {
+  memcpy(to, &vector, sizeof(vector));
+}
+
+template <typename Acc>
+inline Vector<Acc> splat(Acc value) {
+  return Vector<Acc>{} + value;
+}
+
+// Number of lanes that are set in a mask.
+template <typename Mask>
+inline int count_set(Mask mask) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(mask[0]) == 4) {
+    return __builtin_popcount(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+  } else {
+    return __builtin_popcount(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
+  }
+#else
+  int set = 0;
+  for (unsigned i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) set -= static_cast<int>(mask[i]);
+  return set;
+#endif
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
 template <typename Acc, typename T>
-inline void load_block(const T* from, Acc* to) {
+inline void load_whole_block(const T* from, Acc* to) {
 #if defined(__F16C__)
   if constexpr (DTypeOf<T>::value == DType::float16 && sizeof(Acc) == sizeof(float)) {
     for (int i = 0; i < kBlock; i += 8) {
@@ -39,7 +94,16 @@ inline void load_block(const T* from, Acc* to) {
   for (int i = 0; i < kBlock; ++i) to[i] = Convert<Acc>::from(from[i]);
 }
 
-// Writes bytes that fill whole 16-byte units, past the caches if asked and if they are aligned.
+// The first `count` cells of a block; the rest is 0.
+template <typename Acc, typename T>
+inline void load_block(const T* from, int count, Acc* to) {
+  if (count == kBlock) return load_whole_block(from, to);
+  T padded[kBlock] = {};
+  memcpy(padded, from, count * sizeof(T));
+  load_whole_block(padded, to);
+}
+
+// Writes whole 16-byte units, past the caches if asked and if they are aligned.
 template <int kBytes>
 inline void store_bytes(void* to, const void* from, bool stream) {
 #if defined(__x86_64__)
@@ -55,7 +119,7 @@ inline void store_bytes(void* to, const void* from, bool stream) {
 }
 
 template <typename T, typename Acc>
-inline void store_block(T* to, const Acc* from, bool stream) {
+inline void store_block(T* to, const Acc* from, int count, bool stream) {
   alignas(64) T block[kBlock];
 #if defined(__F16C__)
   if constexpr (DTypeOf<T>::value == DType::float16 && sizeof(Acc) == sizeof(float)) {
@@ -63,12 +127,14 @@ inline void store_block(T* to, const Acc* from, bool stream) {
       const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
       _mm_store_si128(reinterpret_cast<__m128i*>(block + i), halves);
     }
-    store_bytes<sizeof(block)>(to, block, stream);
-    return;
-  }
+  } else
 #endif
-  for (int i = 0; i < kBlock; ++i) block[i] = Convert<T>::from(from[i]);
-  store_bytes<sizeof(block)>(to, block, stream);
+    for (int i = 0; i < kBlock; ++i) block[i] = Convert<T>::from(from[i]);
+  if (count == kBlock) {
+    store_bytes<sizeof(block)>(to, block, stream);
+  } else {
+    memcpy(to, block, count * sizeof(T));
+  }
 }
 
 template <typename T>
@@ -83,27 +149,39 @@ inline void store_zeros(T* to, int64_t count, bool stream) {
   memset(to + i, 0, (count - i) * sizeof(T));
 }
 
+// ---- sums ---------------------------------------------------------------------------------------
+
+// Errors of one kind, by lanes: `recent` for a while, then `all`.
+template <typename Acc>
+struct LaneSums {
+  alignas(64) Acc recent[kBlock] = {};
+  alignas(64) double all[kBlock] = {};
+
+  void flush() {
+    for (int i = 0; i < kBlock; ++i) all[i] += recent[i];
+    memset(recent, 0, sizeof(recent));
+  }
+
+  double total() {
+    flush();
+    for (int width = kBlock / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) all[i] += all[i + width];
+    }
+    return all[0];
+  }
+};
+
+template <typename Acc>
+struct CellSums {
+  LaneSums<Acc> coord, positive_conf, negative_conf;
+  int64_t num_positive = 0;
+};
+
+// ---- the loops ----------------------------------------------------------------------------------
+
 template <typename Acc>
 struct Coefficients {  // of a gradient: 2 * w * dloss/dE
   Acc negative, positive;
-};
-
-struct Lanes {
-  double coord[kBlock] = {}, positive_conf[kBlock] = {}, negative_conf[kBlock] = {};
-  int64_t num_positive = 0;
-
-  static double sum(const double* lanes) {
-    double sums[kBlock];
-    memcpy(sums, lanes, sizeof(sums));
-    for (int width = kBlock / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-    }
-    return sums[0];
-  }
-
-  ChunkSums total() const {
-    return {sum(coord), sum(positive_conf), sum(negative_conf), num_positive};
-  }
 };
 
 // Everything about a pass that the loops want at hand, in the types they work with.
@@ -122,39 +200,27 @@ class Loops {
         stream_(plan.stream) {}
 
   // Cells [begin, end) of an image, all tensors planar: first the confidences, then map by map.
-  void planar(int64_t image, int64_t begin, int64_t end, Lanes& lanes) const {
+  void planar(int64_t image, int64_t begin, int64_t end, CellSums<Acc>& sums) const {
     bool block_is_positive[kChunkBlocks];
     alignas(64) Acc cell_error[kChunkCells];
     const int64_t last_map = pass_.grid.maps - 1;
     const int64_t count = end - begin;
-    for (int64_t at = 0, block = 0; at < count; at += kBlock, ++block) {
-      const int64_t left = count - at;
+    int64_t block = 0;
+    for (int64_t at = 0; at < count; at += kBlock, ++block) {
       block_is_positive[block] =
-          left >= kBlock
-              ? confidence_block<true>(image, last_map, begin + at, kBlock, cell_error + at, lanes)
-              : confidence_block<false>(image, last_map, begin + at, static_cast<int>(left),
-                                        cell_error + at, lanes);
+          confidence_block(image, begin + at, block_size(count - at), cell_error + at, sums);
+      if (block % kBlocksBetweenFlushes == 0) sums.negative_conf.flush();
     }
     for (int64_t map = 0; map < last_map; ++map) {
-      const double weight = pass_.coord_weights.value(map);
-      const Acc coefficient = this->coefficient(weight);
-      for (int64_t at = 0, block = 0; at < count;) {
-        const int64_t left = count - at;
-        if (block_is_positive[block]) {
-          if (left >= kBlock) {
-            pose_block<true>(image, map, begin + at, kBlock, static_cast<Acc>(weight), coefficient,
-                             cell_error + at, lanes);
-          } else {
-            pose_block<false>(image, map, begin + at, static_cast<int>(left),
-                              static_cast<Acc>(weight), coefficient, cell_error + at, lanes);
-          }
-          at += kBlock, ++block;
+      const PoseMap pose = pose_map(map);
+      for (int64_t at = 0; at < count;) {
+        if (block_is_positive[at / kBlock]) {
+          pose_block(pose, image, begin + at, block_size(count - at), cell_error + at, sums);
+          at += kBlock;
           continue;
         }
         const int64_t run_begin = at;
-        do {
-          at += kBlock, ++block;
-        } while (at < count && !block_is_positive[block]);
+        while (at < count && !block_is_positive[at / kBlock]) at += kBlock;
         const int64_t run = (at < count ? at : count) - run_begin;
         if (pass_.grad && !pass_.grad_is_for_one) {
           store_zeros(element<Pred>(pass_.grad, image, map, begin + run_begin), run, stream_);
@@ -171,7 +237,7 @@ class Loops {
   }
 
   // Cells [begin, end) of an image, any strides: cell by cell.
-  void strided(int64_t image, int64_t begin, int64_t end, Lanes& lanes) const {
+  void strided(int64_t image, int64_t begin, int64_t end, CellSums<Acc>& sums) const {
     const Grid& grid = pass_.grid;
     const int64_t last_map = grid.maps - 1;
     for (int64_t cell = begin; cell < end; ++cell) {
@@ -184,20 +250,19 @@ class Loops {
 
       const Pred conf_pred = pred[last_map * pass_.pred.map_stride];
       const Target conf_target = target[last_map * pass_.target.map_stride];
-      const CellKind kind =
-          cell_kind(rule_, pass_.kinds_from_pred ? Convert<Acc>::from(conf_pred)
-                                                 : Convert<Acc>::from(conf_target));
-      const bool positive = kind == CellKind::positive;
+      const Acc confidence = pass_.kinds_from_pred ? Convert<Acc>::from(conf_pred)
+                                                   : Convert<Acc>::from(conf_target);
+      const bool positive = is_positive(rule_, confidence);
       Acc cell_error = 0;
       for (int64_t map = 0; map < last_map; ++map) {
         Acc error = 0, slope = 0;
         if (positive) {
-          const double weight = pass_.coord_weights.value(map);
+          const PoseMap pose = pose_map(map);
           const Acc d = difference<Acc>(pred[map * pass_.pred.map_stride],
                                         target[map * pass_.target.map_stride]);
-          error = weighted_error(static_cast<Acc>(weight), d);
-          slope = gradient(scaled(coefficient(weight), grad_output, map), d);
-          lanes.coord[lane] += error;
+          error = weighted_error(pose.weight, d);
+          slope = gradient(scaled(pose.coefficient, grad_output, map), d);
+          sums.coord.all[lane] += error;
           cell_error += error;
         }
         if (grad && (positive || !pass_.grad_is_for_one)) {
@@ -206,12 +271,12 @@ class Loops {
         if (per_element_error_) errors[map * pass_.errors.map_stride] = error;
       }
       Acc error = 0, slope = 0;
-      if (kind != CellKind::ignored) {
+      if (is_counted(rule_, confidence)) {
         const Acc d = difference<Acc>(conf_pred, conf_target);
-        error = weighted_error(confidence_weight(rule_, kind), d);
+        error = weighted_error(positive ? rule_.positive_weight : rule_.negative_weight, d);
         slope = gradient(scaled(positive ? conf_.positive : conf_.negative, grad_output, last_map), d);
-        (positive ? lanes.positive_conf : lanes.negative_conf)[lane] += error;
-        lanes.num_positive += positive;
+        (positive ? sums.positive_conf : sums.negative_conf).all[lane] += error;
+        sums.num_positive += positive;
       }
       if (grad) grad[last_map * pass_.grad.map_stride] = Convert<Pred>::from(slope);
       if (per_element_error_) errors[last_map * pass_.errors.map_stride] = error;
@@ -239,102 +304,106 @@ class Loops {
     return view ? static_cast<T*>(view.data) + view.cell_offset(pass_.grid, image, cell) : nullptr;
   }
 
+  struct PoseMap {
+    int64_t map;
+    Acc weight, coefficient;
+  };
+
+  PoseMap pose_map(int64_t map) const {
+    const double weight = pass_.coord_weights.value(map);
+    return {map, static_cast<Acc>(weight), coefficient(weight)};
+  }
+
+  static int block_size(int64_t left) { return left < kBlock ? static_cast<int>(left) : kBlock; }
+
   // The confidences of a block; true if a cell of it is positive.
-  template <bool kFull>
-  inline bool confidence_block(int64_t image, int64_t map, int64_t cell, int left, Acc* cell_error,
-                               Lanes& lanes) const {
-    const int count = kFull ? kBlock : left;
+  inline bool confidence_block(int64_t image, int64_t cell, int count, Acc* cell_error,
+                               CellSums<Acc>& sums) const {
+    using V = Vector<Acc>;
+    const int64_t map = pass_.grid.maps - 1;
     alignas(64) Acc pred[kBlock], target[kBlock], error[kBlock], slope[kBlock], scale[kBlock];
-    load<kFull>(element<const Pred>(pass_.pred, image, map, cell), count, pred);
-    load<kFull>(element<const Target>(pass_.target, image, map, cell), count, target);
+    load_block(element<const Pred>(pass_.pred, image, map, cell), count, pred);
+    load_block(element<const Target>(pass_.target, image, map, cell), count, target);
+    if (per_cell_) {
+      load_block(element<const Acc>(pass_.grad_output, image, map, cell), count, scale);
+    }
     const Acc* confidence = pass_.kinds_from_pred ? pred : target;
     int num_positive = 0;
-    for (int i = 0; i < count; ++i) {
-      num_positive += cell_kind(rule_, confidence[i]) == CellKind::positive;
+    for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+      const auto positive = is_positive(rule_, vector_at(confidence + i));
+      const auto counted = is_counted(rule_, vector_at(confidence + i));
+      const V d = vector_at(pred + i) - vector_at(target + i);
+      const V weight = positive ? splat(rule_.positive_weight) : splat(rule_.negative_weight);
+      V coefficient = positive ? splat(conf_.positive) : splat(conf_.negative);
+      if (per_cell_) coefficient *= vector_at(scale + i);
+      put_at(error + i, counted ? weighted_error(weight, d) : V{});
+      put_at(slope + i, counted ? gradient(coefficient, d) : V{});
+      num_positive += count_set(positive);
     }
-    if (per_cell_) {
-      load<kFull>(element<const Acc>(pass_.grad_output, image, map, cell), count, scale);
+    if (pass_.wants_sums) add_confidence_errors(confidence, error, count, num_positive, sums);
+    if (pass_.grad) store_block(element<Pred>(pass_.grad, image, map, cell), slope, count, stream_);
+    if (per_element_error_) {
+      store_block(element<Acc>(pass_.errors, image, map, cell), error, count, stream_);
     }
-    for (int i = 0; i < count; ++i) {
-      const CellKind kind = cell_kind(rule_, confidence[i]);
-      const bool positive = kind == CellKind::positive;
-      const Acc d = difference<Acc>(pred[i], target[i]);
-      const Acc e = weighted_error(confidence_weight(rule_, kind), d);
-      Acc c = positive ? conf_.positive : conf_.negative;
-      if (per_cell_) c *= scale[i];
-      const Acc g = gradient(c, d);
-      error[i] = kind == CellKind::ignored ? Acc(0) : e;
-      slope[i] = kind == CellKind::ignored ? Acc(0) : g;
-    }
-    if (pass_.wants_sums) {
-      if (num_positive == 0) {
-        for (int i = 0; i < count; ++i) lanes.negative_conf[i] += error[i];
-      } else {
-        for (int i = 0; i < count; ++i) {
-          const bool positive = cell_kind(rule_, confidence[i]) == CellKind::positive;
-          lanes.positive_conf[i] += positive ? error[i] : Acc(0);
-          lanes.negative_conf[i] += positive ? Acc(0) : error[i];
-        }
-        lanes.num_positive += num_positive;
-      }
-    }
-    if (pass_.grad) store<kFull>(element<Pred>(pass_.grad, image, map, cell), slope, count);
-    if (per_element_error_) store<kFull>(element<Acc>(pass_.errors, image, map, cell), error, count);
     if (per_cell_error_) memcpy(cell_error, error, count * sizeof(Acc));
     return num_positive > 0;
   }
 
+  inline void add_confidence_errors(const Acc* confidence, Acc* error, int count, int num_positive,
+                                    CellSums<Acc>& sums) const {
+    using V = Vector<Acc>;
+    for (int i = count; i < kBlock; ++i) error[i] = 0;
+    const auto add = [](Acc* lanes, V errors) { put_at(lanes, vector_at(lanes) + errors); };
+    if (num_positive == 0) {
+      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+        add(sums.negative_conf.recent + i, vector_at(error + i));
+      }
+      return;
+    }
+    sums.num_positive += num_positive;
+    for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+      const auto positive = is_positive(rule_, vector_at(confidence + i));
+      add(sums.positive_conf.recent + i, positive ? vector_at(error + i) : V{});
+      add(sums.negative_conf.recent + i, positive ? V{} : vector_at(error + i));
+    }
+    sums.positive_conf.flush();
+  }
+
   // One pose map of a block with a positive cell.
-  template <bool kFull>
-  inline void pose_block(int64_t image, int64_t map, int64_t cell, int left, Acc weight,
-                         Acc coefficient, Acc* cell_error, Lanes& lanes) const {
-    const int count = kFull ? kBlock : left;
-    const int64_t last_map = pass_.grid.maps - 1;
+  inline void pose_block(const PoseMap& pose, int64_t image, int64_t cell, int count,
+                         Acc* cell_error, CellSums<Acc>& sums) const {
+    using V = Vector<Acc>;
+    const int64_t map = pose.map, last_map = pass_.grid.maps - 1;
     alignas(64) Acc confidence[kBlock], pred[kBlock], target[kBlock], error[kBlock], slope[kBlock],
         scale[kBlock];
     if (pass_.kinds_from_pred) {
-      load<kFull>(element<const Pred>(pass_.pred, image, last_map, cell), count, confidence);
+      load_block(element<const Pred>(pass_.pred, image, last_map, cell), count, confidence);
     } else {
-      load<kFull>(element<const Target>(pass_.target, image, last_map, cell), count, confidence);
+      load_block(element<const Target>(pass_.target, image, last_map, cell), count, confidence);
     }
-    load<kFull>(element<const Pred>(pass_.pred, image, map, cell), count, pred);
-    load<kFull>(element<const Target>(pass_.target, image, map, cell), count, target);
+    load_block(element<const Pred>(pass_.pred, image, map, cell), count, pred);
+    load_block(element<const Target>(pass_.target, image, map, cell), count, target);
     if (per_cell_) {
-      load<kFull>(element<const Acc>(pass_.grad_output, image, map, cell), count, scale);
+      load_block(element<const Acc>(pass_.grad_output, image, map, cell), count, scale);
     }
-    for (int i = 0; i < count; ++i) {
-      const bool positive = cell_kind(rule_, confidence[i]) == CellKind::positive;
-      const Acc d = difference<Acc>(pred[i], target[i]);
-      const Acc e = weighted_error(weight, d);
-      const Acc g = gradient(per_cell_ ? coefficient * scale[i] : coefficient, d);
-      error[i] = positive ? e : Acc(0);
-      slope[i] = positive ? g : Acc(0);
+    for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+      const auto positive = is_positive(rule_, vector_at(confidence + i));
+      const V d = vector_at(pred + i) - vector_at(target + i);
+      V coefficient = splat(pose.coefficient);
+      if (per_cell_) coefficient *= vector_at(scale + i);
+      put_at(error + i, positive ? weighted_error(splat(pose.weight), d) : V{});
+      put_at(slope + i, positive ? gradient(coefficient, d) : V{});
     }
     if (pass_.wants_sums) {
-      for (int i = 0; i < count; ++i) lanes.coord[i] += error[i];
+      for (int i = 0; i < kBlock; ++i) sums.coord.recent[i] += error[i];
+      sums.coord.flush();
     }
-    if (pass_.grad) store<kFull>(element<Pred>(pass_.grad, image, map, cell), slope, count);
-    if (per_element_error_) store<kFull>(element<Acc>(pass_.errors, image, map, cell), error, count);
+    if (pass_.grad) store_block(element<Pred>(pass_.grad, image, map, cell), slope, count, stream_);
+    if (per_element_error_) {
+      store_block(element<Acc>(pass_.errors, image, map, cell), error, count, stream_);
+    }
     if (per_cell_error_) {
       for (int i = 0; i < count; ++i) cell_error[i] += error[i];
-    }
-  }
-
-  template <bool kFull, typename T>
-  static inline void load(const T* from, int count, Acc* to) {
-    if constexpr (kFull) {
-      load_block(from, to);
-    } else {
-      load_block(from, count, to);
-    }
-  }
-
-  template <bool kFull, typename T>
-  inline void store(T* to, const Acc* from, int count) const {
-    if constexpr (kFull) {
-      store_block(to, from, stream_);
-    } else {
-      for (int i = 0; i < count; ++i) to[i] = Convert<T>::from(from[i]);
     }
   }
 
@@ -357,19 +426,20 @@ void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums
     const int64_t chunk_begin = chunk * kChunkCells;
     const int64_t chunk_end =
         chunk_begin + kChunkCells < all_cells ? chunk_begin + kChunkCells : all_cells;
-    Lanes lanes;
+    CellSums<Acc> sums_of_chunk;
     for (int64_t at = chunk_begin; at < chunk_end;) {
       const int64_t image = at / grid.cells, begin = at % grid.cells;
       const int64_t left = chunk_end - at;
       const int64_t end = begin + left < grid.cells ? begin + left : grid.cells;
       if (plan.planar) {
-        loops.planar(image, begin, end, lanes);
+        loops.planar(image, begin, end, sums_of_chunk);
       } else {
-        loops.strided(image, begin, end, lanes);
+        loops.strided(image, begin, end, sums_of_chunk);
       }
       at += end - begin;
     }
-    sums[chunk - first] = lanes.total();
+    sums[chunk - first] = {sums_of_chunk.coord.total(), sums_of_chunk.positive_conf.total(),
+                           sums_of_chunk.negative_conf.total(), sums_of_chunk.num_positive};
   }
 #if defined(__x86_64__)
   if (plan.stream) _mm_sfence();

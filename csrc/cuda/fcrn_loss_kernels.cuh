@@ -6,7 +6,7 @@
 //   planar       a thread takes 16 bytes of cells; where none of them is positive it reads the two
 //                confidences and writes the gradient, 36 bytes a cell in float32
 //   interleaved  channels-last: a thread takes 16 bytes of elements, 84 bytes a cell in float32
-//   strided      whatever is left (odd planes, misaligned pointers, mixed dtypes or layouts): a
+//   strided      whatever is left (odd planes, misaligned pointers, float64, mixed layouts): a
 //                thread takes a cell, element by element
 //
 // Threads walk the tensors with the stride of the grid, so that few blocks carry sums. A block's
@@ -158,8 +158,11 @@ struct Known {
   __device__ Acc coefficient(double weight) const {
     return static_cast<Acc>(gradient_coefficient(weight, dloss_derror));
   }
-  __device__ Acc confidence_coefficient(CellKind kind) const {
-    return kind == CellKind::positive ? positive_coefficient : negative_coefficient;
+  __device__ Acc confidence_coefficient(bool positive) const {
+    return positive ? positive_coefficient : negative_coefficient;
+  }
+  __device__ Acc confidence_weight(bool positive) const {
+    return positive ? rule.positive_weight : rule.negative_weight;
   }
 };
 
@@ -178,7 +181,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<A
   const Index last_map = static_cast<Index>(pass.grid.maps - 1);
   const bool per_cell = !kForward && pass.has_grad_output_per_cell();
   Acc pred[V], target[V], error[V], slope[V], cell_error[V];
-  CellKind kinds[V];
+  bool positive[V];
   load(at<const Pred>(pass.pred, image, last_map, cell), pred);
   load(at<const Target>(pass.target, image, last_map, cell), target);
   Acc scale[V];
@@ -187,20 +190,20 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<A
   Acc positive_error = 0, negative_error = 0;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    kinds[i] = cell_kind(known.rule, pass.kinds_from_pred ? pred[i] : target[i]);
-    const bool positive = kinds[i] == CellKind::positive;
-    const bool counted = kinds[i] != CellKind::ignored;
-    any_positive |= positive;
+    const Acc confidence = pass.kinds_from_pred ? pred[i] : target[i];
+    const bool counted = is_counted(known.rule, confidence);
+    positive[i] = is_positive(known.rule, confidence);
+    any_positive |= positive[i];
     const Acc d = difference<Acc>(pred[i], target[i]);
-    const Acc e = weighted_error(confidence_weight(known.rule, kinds[i]), d);
-    Acc coefficient = known.confidence_coefficient(kinds[i]);
+    const Acc e = weighted_error(known.confidence_weight(positive[i]), d);
+    Acc coefficient = known.confidence_coefficient(positive[i]);
     if (per_cell) coefficient *= scale[i];
     error[i] = counted ? e : Acc(0);
     slope[i] = counted ? gradient(coefficient, d) : Acc(0);
     cell_error[i] = error[i];
-    positive_error += positive ? error[i] : Acc(0);
-    negative_error += positive ? Acc(0) : error[i];
-    if (kForward) sums.num_positive += positive;
+    positive_error += positive[i] ? error[i] : Acc(0);
+    negative_error += positive[i] ? Acc(0) : error[i];
+    if (kForward) sums.num_positive += positive[i];
   }
   if (kForward) {
     sums.negative_conf += negative_error;
@@ -223,10 +226,9 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<A
       Acc map_error = 0;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const bool positive = kinds[i] == CellKind::positive;
         const Acc d = difference<Acc>(pred[i], target[i]);
-        if (positive) error[i] = weighted_error(w, d);
-        if (positive) slope[i] = gradient(per_cell ? coefficient * scale[i] : coefficient, d);
+        if (positive[i]) error[i] = weighted_error(w, d);
+        if (positive[i]) slope[i] = gradient(per_cell ? coefficient * scale[i] : coefficient, d);
         cell_error[i] += error[i];
         map_error += error[i];
       }
@@ -253,29 +255,29 @@ __device__ __forceinline__ void interleaved_elements(const LossPass& pass, const
   const Index maps = static_cast<Index>(pass.grid.maps), last_map = maps - 1;
   const Pred* preds = static_cast<const Pred*>(pass.pred.data);
   const Target* targets = static_cast<const Target*>(pass.target.data);
-  const auto kind_of = [&](Index cell) {
+  const auto confidence_of = [&](Index cell) {
     const Index element = cell * maps + last_map;
-    return cell_kind(known.rule, pass.kinds_from_pred ? Convert<Acc>::from(preds[element])
-                                                      : Convert<Acc>::from(targets[element]));
+    return pass.kinds_from_pred ? Convert<Acc>::from(preds[element])
+                                : Convert<Acc>::from(targets[element]);
   };
   Acc pred[V], target[V], error[V], slope[V];
   load(preds + first, pred);
   load(targets + first, target);
   Index cell = first / maps, map = first % maps;
-  CellKind kind = kind_of(cell);
+  Acc confidence = confidence_of(cell);
   Acc coord_error = 0, positive_error = 0, negative_error = 0;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const bool is_confidence = map == last_map, positive = kind == CellKind::positive;
-    const bool counted = is_confidence ? kind != CellKind::ignored : positive;
+    const bool is_confidence = map == last_map, positive = is_positive(known.rule, confidence);
+    const bool counted = is_confidence ? is_counted(known.rule, confidence) : positive;
     error[i] = slope[i] = 0;
     if (counted) {
       const double coord_weight = is_confidence ? 0.0 : pass.coord_weights.value(map);
       const Acc d = difference<Acc>(pred[i], target[i]);
-      error[i] = weighted_error(is_confidence ? confidence_weight(known.rule, kind)
+      error[i] = weighted_error(is_confidence ? known.confidence_weight(positive)
                                               : static_cast<Acc>(coord_weight),
                                 d);
-      slope[i] = gradient(is_confidence ? known.confidence_coefficient(kind)
+      slope[i] = gradient(is_confidence ? known.confidence_coefficient(positive)
                                         : known.coefficient(coord_weight),
                           d);
     }
@@ -287,7 +289,7 @@ __device__ __forceinline__ void interleaved_elements(const LossPass& pass, const
     }
     if (++map == maps && i + 1 < V) {
       map = 0;
-      kind = kind_of(++cell);
+      confidence = confidence_of(++cell);
     }
   }
   if (kForward) {
@@ -325,8 +327,8 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass, const Known<A
 
   const Acc conf_pred = load_element(pass.pred, pred_cell, last_map);
   const Acc conf_target = load_element(pass.target, target_cell, last_map);
-  const CellKind kind = cell_kind(known.rule, pass.kinds_from_pred ? conf_pred : conf_target);
-  const bool positive = kind == CellKind::positive;
+  const Acc confidence = pass.kinds_from_pred ? conf_pred : conf_target;
+  const bool positive = is_positive(known.rule, confidence);
   Acc cell_error = 0;
   for (Index map = 0; map < last_map; ++map) {
     Acc error = 0, slope = 0;
@@ -344,10 +346,10 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass, const Known<A
     if (element_errors) store_element(pass.errors, errors_cell, map, error);
   }
   Acc error = 0, slope = 0;
-  if (kind != CellKind::ignored) {
+  if (is_counted(known.rule, confidence)) {
     const Acc d = difference<Acc>(conf_pred, conf_target);
-    error = weighted_error(confidence_weight(known.rule, kind), d);
-    slope = gradient(scaled(known.confidence_coefficient(kind), last_map), d);
+    error = weighted_error(known.confidence_weight(positive), d);
+    slope = gradient(scaled(known.confidence_coefficient(positive), last_map), d);
   }
   if (kForward) {
     sums.coord += cell_error;
@@ -495,10 +497,10 @@ void run_indexed(const LossPass& pass, int num_multiprocessors, Launch&& launch)
     return pred == DTypeOf<Pred>::value && target == DTypeOf<Target>::value &&
            run_vector<Acc, Pred, Target, Index, kForward>(pass, num_multiprocessors, launch);
   };
-  // The pairs that training meets; the others go element by element.
+  // The pairs that training meets; the others, float64 among them, go element by element.
   if (run(float{}, float{}, float{}) || run(float{}, BFloat16{}, float{}) ||
       run(float{}, Half{}, float{}) || run(float{}, BFloat16{}, BFloat16{}) ||
-      run(float{}, Half{}, Half{}) || run(double{}, double{}, double{})) {
+      run(float{}, Half{}, Half{})) {
     return;
   }
   run_strided<Index, kForward>(pass, num_multiprocessors, launch);
