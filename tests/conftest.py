@@ -16,7 +16,7 @@ settings.register_profile(
     deadline=None,
     derandomize=True,
     print_blob=True,
-    max_examples=150,
+    max_examples=400,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
