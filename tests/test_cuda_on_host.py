@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from cuda_on_host import build
+from cuda_on_host.cases import CASES, Case, check, check_large
+from cuda_on_host.faults import FAULTS, Fault
+from cuda_on_host.passes import SCHEDULES, Schedule
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+    """The programs with the kernels, by build or by fault, compiled while other tests run."""
+
+    def planted(fault: Fault) -> Path:
+        csrc = fault.plant(tmp_path_factory.mktemp("fault"))
+        return build.program("run_pass", fault.how, csrc=csrc)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        programs = {
+            how: pool.submit(build.program, "run_pass", how)
+            for how in ("plain", "sanitized", "race")
+        }
+        yield programs | {fault.name: pool.submit(planted, fault) for fault in FAULTS}
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 FAULT_EXIT_CODE = 3  # kFaultExitCode of grid.h
+SELFTEST_BUILDS = ("plain", "ucontext", "sanitized", "race")
 ORDERS = ("forward", "backward", "shuffled")
 
 
@@ -28,7 +55,7 @@ def selftest(
     )
 
 
-@pytest.mark.parametrize("how", build.BUILDS)
+@pytest.mark.parametrize("how", SELFTEST_BUILDS)
 @pytest.mark.parametrize("scenario", ["sum", "warp", "shared", "atomics", "neighbour"])
 def test_right_kernels_pass(scenario: str, how: str) -> None:
     for order in ORDERS:
@@ -121,3 +148,62 @@ def test_what_the_shim_lacks_does_not_compile(statement: str, message: str) -> N
     """
     assert build.compile_snippet(source % "__syncthreads();") == ""
     assert message in build.compile_snippet(source % statement).replace("‘", "'").replace("’", "'")
+
+
+# The kernels, unchanged: they must pass every check before a planted fault counts as found.
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_agree_with_the_reference_in_every_order(case: Case) -> None:
+    check(case, "plain")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_touch_no_byte_that_they_must_not(case: Case) -> None:
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, with the masked elements poisoned."""
+    check(case, "sanitized", SCHEDULES[2:])
+
+
+# What the clocks find does not depend on the values, nor on the order of the threads.
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_kernels_have_no_races(case: Case) -> None:
+    check(case, "race", SCHEDULES[2:])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_blocks_in_many_orders(seed: int) -> None:
+    case = Case((2, 3, 66, 64), multiprocessors=1, positives="scattered", seed=seed)
+    check(case, "plain", [Schedule("shuffled", seed * 8 + i, i + 1) for i in range(8)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"cells": 13},
+        {"map_stride": (1 << 31) + 1},
+        {"map_stride": (1 << 29) - 20, "cells": 8},  # the last offset is the last of 32 bits
+        {"map_stride": (1 << 29) - 16, "cells": 32},
+    ],
+    ids=str,
+)
+def test_offsets_beyond_32_bits(layout: dict[str, int], dtype: torch.dtype) -> None:
+    check_large("plain", dtype, **layout)
+
+
+# The faults.
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_planted_fault_is_found(fault: Fault, compiled: dict[str, Future[Path]]) -> None:
+    program = compiled[fault.name].result()
+    with pytest.raises(AssertionError) as found:
+        fault.check(fault.how, program=program)
+    assert re.search(fault.message, str(found.value), re.DOTALL), found.value
+
+
+def test_fault_that_no_longer_applies_is_an_error(tmp_path: Path) -> None:
+    gone = Fault("gone", "no such line in the kernels", "", "quick", check, "")
+    with pytest.raises(LookupError, match="0 places in csrc/cuda/fcrn_loss_kernels.cuh match"):
+        gone.plant(tmp_path)

@@ -43,6 +43,7 @@ struct Access {
 struct Byte {
   Access store;
   std::vector<Access> loads;
+  bool forbidden = false;
 };
 
 struct Range {
@@ -101,6 +102,14 @@ std::string source_line(const void* code) {
   std::_Exit(kFaultExitCode);
 }
 
+[[noreturn]] void report_forbidden(const Range& range, std::uintptr_t address, const void* where) {
+  std::fprintf(stderr, "cuda_on_host: %s loads %s + %zu at %s, which it has no business to read\n",
+               thread_name(current_thread).c_str(), range.name.c_str(),
+               static_cast<std::size_t>(address - range.begin), source_line(where).c_str());
+  std::fflush(stderr);
+  std::_Exit(kFaultExitCode);
+}
+
 Range* find(std::uintptr_t address) {
   Range& shared = shared_memory[current_slot];
   if (address - shared.begin < shared.bytes.size()) return &shared;
@@ -122,6 +131,7 @@ void check(std::uintptr_t address, std::size_t size, bool is_store, const void* 
     const std::size_t offset = address - range->begin;
     if (offset >= range->bytes.size()) return;
     Byte& byte = range->bytes[offset];
+    if (byte.forbidden && !is_store) report_forbidden(*range, address, where);
     if (unordered(byte.store)) report(*range, address, name, where, "stores", byte.store);
     if (is_store) {
       for (const Access& load : byte.loads) {
@@ -144,7 +154,19 @@ void watch_global(const void* begin, std::size_t size, const std::string& name) 
   if (size > 0) global_memory[address + size] = {name, address, std::vector<Byte>(size)};
 }
 
-void forget_global() { global_memory.clear(); }
+void forget_global(const void* begin) {
+  const auto found = global_memory.upper_bound(reinterpret_cast<std::uintptr_t>(begin));
+  if (found != global_memory.end()) global_memory.erase(found);
+}
+
+void forbid(const void* begin, std::size_t size) {
+  const auto address = reinterpret_cast<std::uintptr_t>(begin);
+  const auto found = global_memory.upper_bound(address);
+  if (found == global_memory.end() || address < found->second.begin) return;
+  for (std::size_t i = 0; i < size; ++i) {
+    found->second.bytes[address - found->second.begin + i].forbidden = true;
+  }
+}
 
 void begin_launch(unsigned thread_count, unsigned threads_of_a_block, unsigned slots,
                   const void* shared, std::size_t shared_size) {
@@ -161,7 +183,9 @@ void begin_launch(unsigned thread_count, unsigned threads_of_a_block, unsigned s
   }
   atomics.clear();
   // A kernel begins after the one before it has ended: nothing of that races.
-  for (auto& [end, range] : global_memory) range.bytes.assign(range.bytes.size(), {});
+  for (auto& [end, range] : global_memory) {
+    for (Byte& byte : range.bytes) byte.store = {}, byte.loads.clear();
+  }
   shared_memory.assign(slots, {"shared memory", reinterpret_cast<std::uintptr_t>(shared),
                                std::vector<Byte>(shared_size)});
 }

@@ -22,7 +22,9 @@ namespace cuda_on_host::race_check {
 #ifdef CUDA_ON_HOST_RACE_CHECK
 // A range of global memory that the kernel may use. Accesses elsewhere are not looked at.
 void watch_global(const void* begin, std::size_t size, const std::string& name);
-void forget_global();
+void forget_global(const void* begin);
+// Bytes in a watched range that no thread may load.
+void forbid(const void* begin, std::size_t size);
 
 // Called by the scheduler. `thread` counts through the whole grid, `slot` is that of a resident
 // block, whose shared memory lies at `shared` while one of its threads runs.
@@ -37,7 +39,8 @@ void fence(unsigned thread);
 void atomic(unsigned thread, const void* address);
 #else
 inline void watch_global(const void*, std::size_t, const std::string&) {}
-inline void forget_global() {}
+inline void forget_global(const void*) {}
+inline void forbid(const void*, std::size_t) {}
 inline void begin_launch(unsigned, unsigned, unsigned, const void*, std::size_t) {}
 inline void begin_block(unsigned) {}
 inline void run_thread(unsigned, unsigned) {}

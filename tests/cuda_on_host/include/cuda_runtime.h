@@ -24,6 +24,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // One block's variables at a time are in memory, and grid.cpp finds, fills and exchanges them all
 // as the program's thread-local storage.

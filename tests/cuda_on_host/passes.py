@@ -1,0 +1,330 @@
+"""One pass of the loss for `run_pass`: what csrc/loss_op.h would make of tensors, as a file."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cuda_on_host import build
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "batchmean", "positive", "cell", "none")  # csrc/loss_pass.h
+_VIEWS = ("pred", "target", "errors", "grad", "grad_output")
+PER_CELL = ("cell", "none")
+_NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int64",
+}
+
+
+class Schedule(NamedTuple):
+    order: str = "forward"
+    seed: int = 0
+    resident_blocks: int = 1
+
+
+SCHEDULES = (
+    Schedule("forward"),
+    Schedule("backward"),
+    Schedule("shuffled", 1, 3),
+)
+
+
+class Layout(NamedTuple):
+    """How the elements of a (B, C, *S) tensor lie in memory."""
+
+    name: str = "contiguous"  # or channels_last, transposed, sliced, padded, expanded
+    misaligned_by: int = 0  # elements between the allocation's start and the tensor's
+
+    def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Strides in elements; every layout but `expanded` gives each element its own place."""
+        dims = list(range(len(shape)))
+        padding = 0
+        match self.name:
+            case "contiguous" | "expanded" | "padded":
+                order = dims
+            case "channels_last":
+                order = [0, *dims[2:], 1]
+            case "transposed":  # the spatial dimensions, the last outermost
+                order = [0, 1, *reversed(dims[2:])]
+            case "sliced":  # a window of a wider map
+                order, padding = dims, 3
+            case _:
+                raise ValueError(self.name)
+        strides = [0] * len(shape)
+        stride = 1
+        for dim in reversed(order):
+            strides[dim] = stride
+            stride *= max(1, shape[dim]) + (padding if dim == dims[-1] else 0)
+        if self.name == "expanded":
+            strides[0] = 0
+        if self.name == "padded":  # one element after each image
+            strides[0] += 1
+        return tuple(strides)
+
+
+def placed(values: Tensor, layout: Layout) -> Tensor:
+    """The values in a storage of their own, with the strides of `layout` and NaN in its gaps."""
+    strides = layout.strides(values.shape)
+    storage = torch.full((_extent(values.shape, strides),), math.nan, dtype=values.dtype)
+    result = storage.as_strided(values.shape, strides)
+    each_once(result).copy_(values[:1] if 0 in strides else values)
+    return result
+
+
+def each_once(tensor: Tensor) -> Tensor:
+    """The tensor without the dimensions along which it repeats itself."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+@dataclass
+class _Buffer:
+    name: str
+    dtype: torch.dtype
+    elements: int
+    misaligned_by: int  # bytes
+    pieces: list[tuple[int, Tensor]]  # first element and what is there; 1-D
+    written: bool
+    spread: bool = False  # so large that only its pieces are in memory and in the results
+
+
+@dataclass
+class Pass:
+    """The description of a pass, in the terms of LossPass (csrc/loss_pass.h)."""
+
+    shape: tuple[int, ...]  # (B, C, *S)
+    reduction: str = "mean"
+    negative_weight: float | Tensor = 1.0
+    positive_weight: float = 1.0
+    coord_weight: float | Sequence[float] | Tensor = 1.0
+    ignore_value: float | None = None  # rounded to the dtype that gives the kinds
+    kinds_from_pred: bool = False
+    wants_sums: bool = False
+    grad_is_for_one: bool = False
+    multiprocessors: int = 2
+    buffers: dict[str, _Buffer] = field(default_factory=dict)
+    views: dict[str, tuple[tuple[int, ...], bool]] = field(default_factory=dict)
+    never_read: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def read(self, name: str, tensor: Tensor, misaligned_by: int = 0, *, written: bool = False):
+        """A tensor that the pass reads; with `written`, and changes in place.
+
+        What lies in the gaps between its elements may be read by no one.
+        """
+        extent = _extent(tensor.shape, tensor.stride())
+        content = tensor.as_strided((extent,), (1,), tensor.storage_offset())
+        offset = misaligned_by * tensor.element_size()
+        self.buffers[name] = _Buffer(
+            name, tensor.dtype, extent, offset, [(0, content)] if extent else [], written
+        )
+        if tensor.dim() >= 1 and name in _VIEWS:
+            self.views[name] = (tensor.stride(), tensor.dim() < len(self.shape))
+            used = torch.zeros(extent, dtype=torch.bool)
+            each_once(used.as_strided(tensor.shape, tensor.stride())).fill_(True)
+            self.forbid(name, ~used)
+
+    def forbid(self, name: str, elements: Tensor) -> None:
+        """Elements of a buffer, by a 1-D mask over its storage, that no thread may read."""
+        size = self.buffers[name].dtype.itemsize
+        edges = torch.diff(elements.to(torch.int8), prepend=torch.zeros(1), append=torch.zeros(1))
+        begins, ends = (edges > 0).nonzero()[:, 0], (edges < 0).nonzero()[:, 0]
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            self.never_read.append((name, begin * size, end * size))
+
+    def write(
+        self, name: str, dtype: torch.dtype, layout: Layout | None = None, *, per_cell: bool = False
+    ):
+        """A tensor that the pass writes; without a layout, a scalar."""
+        if layout is None:
+            self.buffers[name] = _Buffer(name, dtype, 1, 0, [], True)
+            return
+        shape = (self.shape[0], *self.shape[2:]) if per_cell else self.shape
+        strides = layout.strides(shape)
+        offset = layout.misaligned_by * torch.finfo(dtype).bits // 8
+        extent = _extent(shape, strides)
+        self.buffers[name] = _Buffer(name, dtype, extent, offset, [], True)
+        self.views[name] = (strides, per_cell)
+
+    def spread(self, name: str, image_stride: int, map_stride: int) -> None:
+        """Move the rows of a contiguous (B, C, S) tensor to strides that take gigabytes."""
+        buffer = self.buffers[name]
+        batch, maps, cells = self.shape
+        rows = torch.full((batch * maps, cells * buffer.dtype.itemsize), 0xFF, dtype=torch.uint8)
+        if buffer.pieces:
+            rows = buffer.pieces[0][1].reshape(batch * maps, cells).view(torch.uint8)
+        strides = (image_stride, map_stride, 1)
+        buffer.pieces = [
+            (row // maps * image_stride + row % maps * map_stride, rows[row].view(buffer.dtype))
+            for row in range(batch * maps)
+        ]
+        buffer.elements = _extent(self.shape, strides)
+        buffer.spread = True
+        self.views[name] = (strides, False)
+        self.never_read = [region for region in self.never_read if region[0] != name]
+
+    def text(self, schedules: Sequence[Schedule]) -> str:
+        """The description, but for the bytes."""
+        batch, maps = self.shape[:2]
+        sizes, merged = self._merged()
+        # The outermost dimension is the images, if it is not the only one.
+        first = 1 if len(sizes) > 1 else 0
+        images = sizes[0] if first else 1
+        spatial = sizes[first:] or [1]
+        weights = (
+            [self.coord_weight]
+            if isinstance(self.coord_weight, (float, int))
+            else []
+            if isinstance(self.coord_weight, Tensor)
+            else list(self.coord_weight)
+        )
+        ignore_value = math.nan if self.ignore_value is None else self.ignore_value
+        lines = [
+            ["grid", batch, maps, images, math.prod(spatial), *spatial],
+            [
+                "rule",
+                REDUCTIONS.index(self.reduction),
+                int(self.kinds_from_pred),
+                float(self.positive_weight).hex(),
+                float(ignore_value).hex(),
+            ],
+            ["sums", int(self.wants_sums)],
+            ["grad_is_for_one", int(self.grad_is_for_one)],
+            ["machine", self.multiprocessors],
+            ["coord_weights", *(float(weight).hex() for weight in weights)],
+        ]
+        if not isinstance(self.negative_weight, Tensor):
+            lines.append(["negative_weight", float(self.negative_weight).hex()])
+        for buffer in self.buffers.values():
+            written, read = int(buffer.written), int(bool(buffer.pieces) or not buffer.written)
+            lines.append(
+                ["buffer", buffer.name, _NAMES[buffer.dtype], buffer.elements]
+                + [buffer.misaligned_by, read, written]
+            )
+            size = buffer.dtype.itemsize
+            lines += [
+                ["piece", buffer.name, begin * size, piece.numel() * size]
+                for begin, piece in buffer.pieces
+            ]
+        for name, (strides, per_cell) in self.views.items():
+            along = merged[name]
+            cells = along[first:] or [0]
+            lines.append(
+                ["view", name, along[0] if first else 0, 0 if per_cell else strides[1], *cells]
+            )
+        lines += [["never_read", *region] for region in self.never_read]
+        lines += [["schedule", *schedule] for schedule in schedules]
+        return "".join(" ".join(map(str, line)) + "\n" for line in lines)
+
+    def _merged(self) -> tuple[list[int], dict[str, list[int]]]:
+        """The sizes, and each view's strides, after joining dimensions that lie as one in all."""
+        sizes: list[int] = []
+        along: dict[str, list[int]] = {name: [] for name in self.views}
+        for dim, size in enumerate(self.shape):
+            if dim == 1 or size == 1:
+                continue
+            stride = {
+                name: strides[dim - 1 if per_cell and dim > 0 else dim]
+                for name, (strides, per_cell) in self.views.items()
+            }
+            if sizes and all(along[name][-1] == stride[name] * size for name in along):
+                sizes[-1] *= size
+                for name in along:
+                    along[name][-1] = stride[name]
+            else:
+                sizes.append(size)
+                for name in along:
+                    along[name].append(stride[name])
+        return sizes, along
+
+
+class Outcome(NamedTuple):
+    results: list[dict[str, Tensor]]  # of each schedule: what it wrote, by name, as 1-D storage
+    kernels: list[str]  # of each schedule: which was chosen, and in how many blocks
+
+
+class RunFailed(AssertionError):
+    """The kernels' run ended with a report; the message holds it and how to repeat the run."""
+
+
+def run(
+    description: Pass,
+    how: str = "plain",
+    schedules: Sequence[Schedule] = SCHEDULES,
+    *,
+    program: Path | None = None,
+) -> Outcome:
+    """Run a pass once for each schedule. Raises RunFailed where a run reports a fault."""
+    program = program or build.program("run_pass", how)
+    data = b"".join(
+        _bytes(piece) for buffer in description.buffers.values() for _, piece in buffer.pieces
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source, results = Path(folder, "pass"), Path(folder, "results")
+        source.write_bytes(description.text(schedules).encode() + b"data\n" + data)
+        done = subprocess.run(
+            [program, source, results],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=300,
+            env=build.BUILDS[how].environment,
+        )
+        if done.returncode != 0:
+            kept = build.CACHE / "failed" / f"pass-{os.getpid()}"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(kept)
+            raise RunFailed(
+                f"exit code {done.returncode}; again: {program} {kept} /dev/null\n{done.stderr}"
+            )
+        written = results.read_bytes()
+    return Outcome(_split(description, written, len(schedules)), done.stdout.splitlines())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two 1-D tensors hold the same bytes; a NaN is the same as itself."""
+    return _bytes(a) == _bytes(b)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _split(description: Pass, written: bytes, runs: int) -> list[dict[str, Tensor]]:
+    results = []
+    at = 0
+    for _ in range(runs):
+        outcome = {}
+        for buffer in description.buffers.values():
+            if not buffer.written:
+                continue
+            elements = buffer.elements
+            if buffer.spread:
+                elements = sum(piece.numel() for _, piece in buffer.pieces)
+            size = elements * buffer.dtype.itemsize
+            flat = torch.empty(elements, dtype=buffer.dtype)
+            if size:
+                flat = torch.frombuffer(bytearray(written[at : at + size]), dtype=buffer.dtype)
+            at += size
+            outcome[buffer.name] = flat
+        results.append(outcome)
+    assert at == len(written), f"{len(written)} bytes of results, expected {at}"
+    return results
