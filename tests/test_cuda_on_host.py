@@ -62,7 +62,8 @@ def test_right_kernels_pass(scenario: str, how: str) -> None:
         for resident_blocks in (1, 3):
             result = selftest(scenario, how, order, 7, resident_blocks)
             assert result.returncode == 0, result.stderr
-            assert result.stdout and "WRONG" not in result.stdout, (order, resident_blocks)
+            assert result.stdout
+            assert "WRONG" not in result.stdout, (order, resident_blocks)
 
 
 REPORTED = {
@@ -205,5 +206,5 @@ def test_planted_fault_is_found(fault: Fault, compiled: dict[str, Future[Path]])
 
 def test_fault_that_no_longer_applies_is_an_error(tmp_path: Path) -> None:
     gone = Fault("gone", "no such line in the kernels", "", "quick", check, "")
-    with pytest.raises(LookupError, match="0 places in csrc/cuda/fcrn_loss_kernels.cuh match"):
+    with pytest.raises(LookupError, match="0 places in csrc/cuda/"):
         gone.plant(tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cuda_on_host.passes import (
+    CONTIGUOUS,
     PER_CELL,
     REDUCTIONS,
     SCHEDULES,
@@ -20,10 +21,11 @@ from cuda_on_host.passes import (
     run,
     same_bits,
 )
-from fcrn_fused import reference
-from fcrn_fused.validation import Rule
 from tolerances import assert_gradient, loss_dtype
 from torch import Tensor
+
+from fcrn_fused import reference
+from fcrn_fused.validation import Rule
 
 # The pairs that have vector kernels; the others go element by element.
 VECTOR_PAIRS = {
@@ -45,8 +47,8 @@ class Case:
     shape: tuple[int, ...] = (2, 7, 16, 16)  # (B, C, *S)
     pred_dtype: torch.dtype = torch.float32
     target_dtype: torch.dtype = torch.float32
-    pred_layout: Layout = Layout()
-    target_layout: Layout = Layout()
+    pred_layout: Layout = CONTIGUOUS
+    target_layout: Layout = CONTIGUOUS
     reduction: str = "mean"
     positives: str = "clustered"  # or scattered, none, all
     ignored: bool = True
@@ -64,8 +66,10 @@ class Case:
             for layout in (self.pred_layout, self.target_layout)
         )
         shape = "x".join(map(str, self.shape))
+        kinds = self.positives + ("" if self.ignored else "-none_ignored")
         return (
-            f"{self.reduction}-{shape}-{dtypes}-{layouts}-{self.positives}-{self.multiprocessors}"
+            f"{self.reduction}-{shape}-{dtypes}-{layouts}-{kinds}"
+            f"-{self.coord_weight}-{self.negative_weight}-{self.multiprocessors}-{self.seed}"
         )
 
     @property
@@ -130,7 +134,7 @@ class Batch:
         self._read_pair(result, self.pred, self.target, case.pred_layout, case.target_layout)
         if case.reduction in PER_CELL:
             per_cell = case.reduction == "cell"
-            layout = Layout() if per_cell else self._dense_layout()
+            layout = CONTIGUOUS if per_cell else self._dense_layout()
             result.write("errors", case.sum_dtype, layout, per_cell=per_cell)
         else:
             result.write("loss", case.sum_dtype)
@@ -224,7 +228,7 @@ class Batch:
             strides, without_maps = result.views[name]
             if buffer.misaligned_by % 16:
                 return "strided"
-            contiguous = Layout().strides(spatial)
+            contiguous = CONTIGUOUS.strides(spatial)
             along = list(strides[1 if without_maps else 2 :])
             outer = [strides[0]] if batch > 1 else []
             outer += [strides[1]] if maps > 1 and not without_maps else []
@@ -237,9 +241,9 @@ class Batch:
         cells_at_once = self._merged_cells(result, views)
         if planar and cells_at_once % width == 0:
             return "planar"
-        if interleaved and not per_cell_backward(result) and self.case.reduction != "cell":
-            if batch * cells * maps % width == 0:
-                return "interleaved"
+        interleaved &= not per_cell_backward(result) and self.case.reduction != "cell"
+        if interleaved and batch * cells * maps % width == 0:
+            return "interleaved"
         return "strided"
 
     def _merged_cells(self, result: Pass, views: Sequence[str]) -> int:
@@ -249,7 +253,7 @@ class Batch:
         return spatial * self.case.shape[0] if all(s[0] == spatial for s in strides) else spatial
 
     def _forbid_masked(self, result: Pass) -> None:
-        """No thread may read a masked pose element, but in 16 bytes of which another is positive."""
+        """No thread may read a masked pose element, unless 16 bytes hold a positive one too."""
         kernel = self.kernel(result)
         if kernel == "interleaved":
             return
@@ -361,7 +365,7 @@ def check(
     """Run the passes of a training step over a case, by every schedule, and check what they write.
 
     Forward with the gradient for 1; backward afresh, with respect to pred and to target; and the
-    forward's gradient rescaled in place. Raises AssertionError (RunFailed for a reported fault).
+    forward's gradient rescaled in place. Raises AssertionError (RunError for a reported fault).
     """
     batch = Batch(case)
 
@@ -436,7 +440,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _all_cases() -> list[Case]:
-    """Every reduction, pair of dtypes, layout, misalignment and tail, each with some of the rest."""
+    """Every reduction, pair of dtypes, layout, misalignment and tail, with some of the rest."""
     cases = [Case(reduction=reduction) for reduction in REDUCTIONS]
 
     pairs = [(pred, target) for pred in DTYPES for target in DTYPES]

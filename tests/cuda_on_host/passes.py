@@ -73,6 +73,9 @@ class Layout(NamedTuple):
         return tuple(strides)
 
 
+CONTIGUOUS = Layout()
+
+
 def placed(values: Tensor, layout: Layout) -> Tensor:
     """The values in a storage of their own, with the strides of `layout` and NaN in its gaps."""
     strides = layout.strides(values.shape)
@@ -216,8 +219,15 @@ class Pass:
         for buffer in self.buffers.values():
             written, read = int(buffer.written), int(bool(buffer.pieces) or not buffer.written)
             lines.append(
-                ["buffer", buffer.name, _NAMES[buffer.dtype], buffer.elements]
-                + [buffer.misaligned_by, read, written]
+                [
+                    "buffer",
+                    buffer.name,
+                    _NAMES[buffer.dtype],
+                    buffer.elements,
+                    buffer.misaligned_by,
+                    read,
+                    written,
+                ]
             )
             size = buffer.dtype.itemsize
             lines += [
@@ -261,7 +271,7 @@ class Outcome(NamedTuple):
     kernels: list[str]  # of each schedule: which was chosen, and in how many blocks
 
 
-class RunFailed(AssertionError):
+class RunError(AssertionError):
     """The kernels' run ended with a report; the message holds it and how to repeat the run."""
 
 
@@ -272,7 +282,7 @@ def run(
     *,
     program: Path | None = None,
 ) -> Outcome:
-    """Run a pass once for each schedule. Raises RunFailed where a run reports a fault."""
+    """Run a pass once for each schedule. Raises RunError where a run reports a fault."""
     program = program or build.program("run_pass", how)
     data = b"".join(
         _bytes(piece) for buffer in description.buffers.values() for _, piece in buffer.pieces
@@ -292,7 +302,7 @@ def run(
             kept = build.CACHE / "failed" / f"pass-{os.getpid()}"
             kept.parent.mkdir(parents=True, exist_ok=True)
             source.replace(kept)
-            raise RunFailed(
+            raise RunError(
                 f"exit code {done.returncode}; again: {program} {kept} /dev/null\n{done.stderr}"
             )
         written = results.read_bytes()
