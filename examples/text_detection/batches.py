@@ -109,6 +109,8 @@ def load(
         batch_sampler=steps,
         num_workers=workers,
         worker_init_fn=_start_worker,
+        # Without one of its own, the loader would draw from the generator that a resume restores.
+        generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )

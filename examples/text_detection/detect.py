@@ -2,7 +2,7 @@
 
     python -m examples.text_detection.detect runs/train/checkpoint.pt PICTURES --out runs/detect
 
-PICTURES are files or folders. Each picture gets NAME.json, a list of
+PICTURES are files or folders. A picture called NAME gets NAME.json, a list of
 {"quad": [[x, y] x 4], "x", "y", "w", "h", "theta", "score"}, in pixels and radians, surest first,
 and NAME.png with the boxes drawn. A picture that cannot be read is named and passed over.
 """
@@ -23,6 +23,7 @@ from .detection import detect
 from .draw import draw_boxes
 from .errors import UserError, exit_on_user_error
 from .grid import Boxes
+from .processes import usable
 from .scene import read_picture
 from .training import load_model
 
@@ -41,6 +42,10 @@ def pictures_of(paths: Iterable[Path]) -> list[Path]:
             raise UserError(f"there is no file or folder {path}")
     if not found:
         raise UserError("there is no picture in " + ", ".join(map(str, paths)))
+    names = [path.name for path in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two pictures are called {name}; name their folders one at a time")
     return found
 
 
@@ -70,14 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125])
     parser.add_argument("--threshold", type=float, default=0.3, help="least confidence of a box")
     parser.add_argument("--overlap", type=float, default=0.3, help="of boxes that are one word")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     options = parser.parse_args(arguments)
     for name in ("threshold", "overlap"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1, not {getattr(options, name)}")
     if min(options.scales) <= 0:
         raise UserError(f"--scales must be above 0, not {min(options.scales)}")
-    model, grid = load_model(options.checkpoint, options.device)
+    model, grid = load_model(options.checkpoint, usable(options.device))
     paths = pictures_of(options.pictures)
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -90,9 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unread.append(path)
             continue
         boxes = detect(model, grid, picture, options.scales, options.threshold, options.overlap)
-        name = options.out / path.name
-        name.with_suffix(".json").write_text(json.dumps(as_json(boxes), indent=1) + "\n")
-        Image.fromarray(draw_boxes(picture, boxes)).save(name.with_suffix(".png"))
+        (options.out / f"{path.name}.json").write_text(json.dumps(as_json(boxes), indent=1) + "\n")
+        Image.fromarray(draw_boxes(picture, boxes)).save(options.out / f"{path.name}.png")
     print(f"{len(paths) - len(unread)} of {len(paths)} pictures done, in {options.out}")
     if unread:
         raise UserError(f"{len(unread)} of {len(paths)} pictures could not be read")

@@ -18,6 +18,7 @@ from .detection import detect
 from .errors import exit_on_user_error
 from .generator import GeneratedText
 from .grid import Grid
+from .processes import usable
 from .scene import Scene
 from .scoring import Score, score
 from .synthtext import SynthText
@@ -56,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=200, help="how many, at most")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
     parser.add_argument("--threshold", type=float, default=0.3, help="least confidence of a box")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     options = parser.parse_args(arguments)
-    model, grid = load_model(options.checkpoint, options.device)
+    model, grid = load_model(options.checkpoint, usable(options.device))
     scenes: Dataset[Scene]
     if options.data:
         scenes = SynthText(options.data, length=options.pictures)

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -54,13 +56,23 @@ class Processes:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
 
+def usable(device: str) -> torch.device:
+    """The device by name, "auto" being a GPU if there is one; UserError if there is no such."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except Exception as error:  # PyTorch raises many kinds for a device that is not there
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Processes]:
     """Join the processes that `torchrun` started, if it did: gloo on CPUs, NCCL on GPUs."""
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    chosen = usable(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
         torch.cuda.set_device(chosen)
@@ -70,5 +82,6 @@ def joined(device: str = "auto") -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, count, chosen)
+        dist.barrier()  # nobody leaves while the first process still scores and draws
     finally:
         dist.destroy_process_group()

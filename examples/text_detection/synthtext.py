@@ -92,13 +92,13 @@ def _cells(values: list[str] | list[NDArray[np.generic]]) -> NDArray[np.object_]
 
 def _read_columns(path: Path) -> list[NDArray[np.object_]]:
     """The three columns of `gt.mat`, each (N,) objects."""
-    try:
-        contents = scipy.io.loadmat(path, variable_names=_COLUMNS)
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"there is no {path}; name the folder that holds SynthText's gt.mat, "
             "or write a set with make-data"
-        ) from None
+        )
+    try:
+        contents = scipy.io.loadmat(path, variable_names=_COLUMNS)
     except Exception as error:  # scipy raises many kinds for a file that is no MAT file
         raise UserError(f"cannot read {path} as a MATLAB file: {error}") from None
     missing = [name for name in _COLUMNS if name not in contents]

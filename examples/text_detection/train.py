@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -265,6 +266,18 @@ def _positive(text: str) -> int:
     return number
 
 
+def _check(recipe: Recipe) -> None:
+    """UserError for values that argparse lets through and no run can use."""
+    if recipe.size % recipe.stride:
+        raise UserError(f"--size {recipe.size} is no multiple of --stride {recipe.stride}")
+    for name in ("learning_rate", "head_rate", "clip", "size_weight"):
+        value = getattr(recipe, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if not 0 < recipe.anneal <= 1:
+        raise UserError(f"--anneal must be above 0 and at most 1, not {recipe.anneal}")
+
+
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(_parser().parse_args(arguments))
@@ -272,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})
         for kind in (Recipe, Run)
     )
+    _check(recipe)
     train(recipe, run)
 
 

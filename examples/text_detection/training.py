@@ -243,7 +243,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; `train` writes one") from None
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read {path} as a checkpoint: {reason}") from None
     if not isinstance(state, dict) or "recipe" not in state:
         raise UserError(f"{path} is not a checkpoint that `train` wrote")
