@@ -37,8 +37,8 @@ import provenance
 import report
 from bars import judge
 from gpu_checks import CHECKS, MARKER_KERNEL, OUR_KERNELS
+from provenance import ROOT
 
-ROOT = Path(__file__).parents[1]
 CHECKS_SCRIPT = Path(__file__).with_name("gpu_checks.py")
 TIME_LIMIT = 580.0  # seconds
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")

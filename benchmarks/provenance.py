@@ -8,12 +8,18 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+# For examples/, and for fcrn_fused where it is built in place; an installed one goes before it.
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def gpu_driver() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of what the figures depend on."""
-    import fcrn_fused  # not above: report.py reads records where it is not installed
+    import fcrn_fused
 
     return {
         "fcrn_fused": fcrn_fused.__version__,

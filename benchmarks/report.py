@@ -25,8 +25,8 @@ from typing import Any
 import provenance
 from bars import Timings, label
 from cases import Case
+from provenance import ROOT
 
-ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 
 _BLOCK = re.compile(

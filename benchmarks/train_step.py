@@ -33,12 +33,9 @@ import cases
 import provenance
 import timing
 from cases import Case
+from examples.text_detection.model import FCRN
 from fcrn_fused import ops
 from loss_speed import LossFunction, align, format_seconds, loss_function, serving_backend
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from examples.text_detection.model import FCRN
 
 LOSSES = ("mse_loss", "eager", "compile", "ours")
 NOTICEABLE = 0.01  # of a step
@@ -225,9 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--networks", nargs="+", choices=list(SETTINGS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--round-seconds", type=float, default=0.2)
-    parser.add_argument("--quick", action="store_true", help="the smallest grid of each network")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the smallest grid of each network, in batches of 4, in 2 rounds",
+    )
     parser.add_argument("--output", type=Path, help="default: in benchmarks/results/")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -248,6 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for network in options.networks or DEFAULT_NETWORKS[device.type]
         for setting in SETTINGS[network][: 1 if options.quick else None]
     ]
+    if options.quick:
+        settings = [setting._replace(batch=4) for setting in settings]
+        options.rounds = min(options.rounds, 2)
     rows = []
     total = len(settings) * options.rounds * 2 * len(LOSSES)
     with tqdm(total=total, unit="round", leave=False, disable=None) as bar:
