@@ -6,7 +6,7 @@ Takes a step (forward and backward of `fcrn_fused.fcrn_loss`) apart by running i
 each time, all in interleaved rounds, for one small and one large grid:
 
     checks      the argument checks of fcrn_loss, alone
-    node        a step whose two operators are replaced by functions that return what is there
+    node        a step whose operators are replaced by functions that return what is there
                 already, less the checks: Python, FCRNLossFunction and autograd's engine
     dispatch    the operators on a single cell, less their allocations: from Python into C++
     allocation  the gradient and the loss from PyTorch's allocator, untouched
@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,22 @@ import cases
 import provenance
 import timing
 from cases import Case, Inputs
-from fcrn_fused import autograd, fcrn_loss, ops
-from fcrn_fused.validation import Rule, check
+from fcrn_fused import fcrn_loss, ops
+from fcrn_fused.validation import check
 from loss_speed import align, format_seconds
 
 SIZES = {"small": (16, 7, 16, 16), "large": (64, 7, 256, 256)}
+OPERATORS = ("forward", "backward", "rescale_")  # functions of fcrn_fused.ops
 PARTS = ("checks", "node", "dispatch", "allocation", "kernel")
+
+
+class OperatorCall(NamedTuple):
+    """One call of a compiled operator within a step, and what it returned."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    result: Any
 
 
 def breakdown(
@@ -47,33 +57,25 @@ def breakdown(
 ) -> dict[str, float]:
     """Median seconds of the whole step, of its parts and of what is left over."""
     inputs = cases.make_inputs(case, device)
-    weight = torch.tensor(cases.NEGATIVE_WEIGHT, device=device)
-    rule = Rule(weight, 1.0, (1.0,), None, "mean")
     one_cell = cases.make_inputs(case._replace(size=(1, case.size[1], 1, 1)), device)
-    pred = inputs.pred.detach()
-    written = torch.empty_like(pred).zero_()
-
-    def step() -> None:
-        inputs.pred.grad = None
-        fcrn_loss(inputs.pred, inputs.target, negative_weight=weight, backend="fused").backward()
+    weight = torch.tensor(cases.NEGATIVE_WEIGHT, device=device)
+    step = make_step(inputs, weight)
+    written = torch.empty_like(inputs.pred.detach()).zero_()
 
     def mse_loss() -> None:
         inputs.pred.grad = None
         F.mse_loss(inputs.pred, inputs.target).backward()
 
-    def allocate() -> None:
-        torch.empty_like(pred)
-        torch.empty((), device=device)
-
     calls: dict[str, timing.Call] = {
         "step": step,
         "mse_loss": mse_loss,
-        "stubbed step": _stubbed(inputs, weight, rule),
+        "step of nothing": without_operators(step),
         "checks": lambda: check(inputs.pred, inputs.target, weight, 1.0, 1.0, None, "mean"),
-        "operators": _operators(inputs, rule),
-        "operators, one cell": _operators(one_cell, rule),
-        "allocation": allocate,
-        "write fresh": lambda: torch.empty_like(pred).zero_(),
+        "operators": operators_alone(step),
+        "operators, one cell": operators_alone(make_step(one_cell, weight)),
+        "allocation": allocation(inputs),
+        "allocation, one cell": allocation(one_cell),
+        "write fresh": lambda: torch.empty_like(written).zero_(),
         "write again": lambda: written.zero_(),
     }
     seconds = {
@@ -86,8 +88,8 @@ def breakdown(
         "step": seconds["step"],
         "mse_loss": seconds["mse_loss"],
         "checks": seconds["checks"],
-        "node": seconds["stubbed step"] - seconds["checks"],
-        "dispatch": seconds["operators, one cell"] - _one_cell_allocation(one_cell, case, rounds),
+        "node": seconds["step of nothing"] - seconds["checks"],
+        "dispatch": seconds["operators, one cell"] - seconds["allocation, one cell"],
         "allocation": seconds["allocation"],
         "kernel": seconds["operators"] - seconds["operators, one cell"],
         "fresh pages": seconds["write fresh"] - seconds["write again"],
@@ -101,53 +103,108 @@ def breakdown(
     return parts
 
 
-def _operators(inputs: Inputs, rule: Rule) -> timing.Call:
-    pred, target = inputs.pred.detach(), inputs.target
-    one = torch.ones((), device=pred.device)
+def make_step(inputs: Inputs, weight: Tensor) -> timing.Call:
+    """Forward and backward of the fused loss."""
+
+    def step() -> None:
+        inputs.pred.grad = None
+        fcrn_loss(inputs.pred, inputs.target, negative_weight=weight, backend="fused").backward()
+
+    return step
+
+
+def operator_calls(step: timing.Call) -> list[OperatorCall]:
+    """The calls of compiled operators that a step makes, in their order.
+
+    Raises:
+        RuntimeError: it makes none through `fcrn_fused.ops`.
+    """
+    calls: list[OperatorCall] = []
+
+    def recorder(name: str) -> Callable[..., Any]:
+        operator = getattr(ops, name)
+
+        def record(*arguments: Any, **keywords: Any) -> Any:
+            result = operator(*arguments, **keywords)
+            # a list of its own: the caller takes what it needs out of the other
+            kept = list(result) if isinstance(result, list) else result
+            calls.append(OperatorCall(name, _detached(arguments), keywords, kept))
+            return result
+
+        return record
+
+    with OperatorsReplaced({name: recorder(name) for name in OPERATORS}):
+        step()
+    if not calls:
+        raise RuntimeError("the step calls no operator of fcrn_fused.ops")
+    return calls
+
+
+def operators_alone(step: timing.Call) -> timing.Call:
+    """The operators that a step calls, without the step."""
+    calls = [
+        (getattr(ops, name), arguments, keywords)
+        for name, arguments, keywords, _ in operator_calls(step)
+    ]
 
     def operators() -> None:
-        grad = ops.forward(pred, target, rule, want_grad=True)[-1]
-        ops.rescale_(grad, one, pred, target, rule, None)
+        for operator, arguments, keywords in calls:
+            operator(*arguments, **keywords)
 
     return operators
 
 
-def _one_cell_allocation(inputs: Inputs, case: Case, rounds: int) -> float:
+def without_operators(step: timing.Call) -> timing.Call:
+    """A step in which the operators compute nothing; what they would return exists already."""
+    results = {call.name: call.result for call in operator_calls(step)}
+
+    def stub(name: str) -> Callable[..., Any]:
+        def existing(*arguments: Any, **keywords: Any) -> Any:
+            return _detached(results[name])  # as new to autograd as the operator's own result
+
+        return existing
+
+    stubs = {name: stub(name) for name in results}
+
+    def step_of_nothing() -> None:
+        with OperatorsReplaced(stubs):
+            step()
+
+    return step_of_nothing
+
+
+def allocation(inputs: Inputs) -> timing.Call:
+    """A gradient and a loss from PyTorch's allocator."""
     pred = inputs.pred.detach()
 
     def allocate() -> None:
         torch.empty_like(pred)
         torch.empty((), device=pred.device)
 
-    measured = timing.wall_clock(
-        {"allocation": allocate}, rounds=rounds, round_seconds=0.02, threads=case.threads
-    )
-    return timing.quartiles(measured["allocation"]).median
+    return allocate
 
 
-def _stubbed(inputs: Inputs, weight: Tensor, rule: Rule) -> timing.Call:
-    """A step in which the operators compute nothing; what they would return exists already."""
-    loss, grad = ops.forward(inputs.pred.detach(), inputs.target, rule, want_grad=True)
+class OperatorsReplaced:
+    """Functions of `fcrn_fused.ops` replaced for a while, at next to no cost."""
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return loss.detach(), grad.detach()  # as new to autograd as the operator's own result
+    def __init__(self, replacements: dict[str, Callable[..., Any]]) -> None:
+        self.replacements = replacements
+        self.originals = {name: getattr(ops, name) for name in replacements}
 
-    def rescale_(*args: Any) -> None:
-        return None
+    def __enter__(self) -> None:
+        vars(ops).update(self.replacements)
 
-    def step() -> None:
-        inputs.pred.grad = None
-        fcrn_loss(inputs.pred, inputs.target, negative_weight=weight, backend="fused").backward()
+    def __exit__(self, *exception: object) -> None:
+        vars(ops).update(self.originals)
 
-    def stubbed_step() -> None:
-        saved = autograd.ops.forward, autograd.ops.rescale_
-        autograd.ops.forward, autograd.ops.rescale_ = forward, rescale_  # type: ignore[assignment]
-        try:
-            step()
-        finally:
-            autograd.ops.forward, autograd.ops.rescale_ = saved
 
-    return stubbed_step
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (list, tuple)):
+        items = [_detached(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
 
 
 def format_breakdown(name: str, case: Case, parts: dict[str, float]) -> str:

@@ -194,7 +194,7 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Of each network: from which grid on the loss is more than a hundredth of the step."""
     sentences = []
     for network in dict.fromkeys(row["network"] for row in rows):
-        for loss in ("eager", "ours"):
+        for loss, name in (("eager", "the eager loss"), ("ours", "the fused loss")):
             of_it = [row for row in rows if (row["network"], row["loss"]) == (network, loss)]
             above = [row for row in of_it if row["share"] >= NOTICEABLE]
             most = max(of_it, key=lambda row: row["share"])
@@ -204,7 +204,7 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
             else:
                 where = "is less than 1 % of the step at every grid measured"
             sentences.append(
-                f"{network}: the {loss} loss {where} "
+                f"{network}: {name} {where} "
                 f"(at most {most['share']:.1%}, at {most['grid']} x {most['grid']})"
             )
     return sentences
