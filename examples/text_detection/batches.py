@@ -20,11 +20,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """pictures (B, 3, H, W) uint8, target (B, 7, H / stride, W / stride) float32, collisions (B,)."""
 
 
-class CodedScenes(Dataset[Batch]):
-    """The scenes of a data set, stretched to the grid's training size and coded.
-
-    A scene whose picture cannot be read is warned about and has only ignored cells.
-    """
+class Stretched(Dataset[Scene]):
+    """The scenes of a data set, stretched to the training size of a grid."""
 
     def __init__(self, scenes: Dataset[Scene], grid: Grid) -> None:
         self.scenes = scenes
@@ -33,15 +30,31 @@ class CodedScenes(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.scenes)  # type: ignore[arg-type]
 
+    def __getitem__(self, index: int) -> Scene:
+        return self.scenes[index].resized(self.grid.width, self.grid.height)
+
+
+class CodedScenes(Dataset[Batch]):
+    """The scenes of a data set, stretched to the grid's training size and coded.
+
+    A scene whose picture cannot be read is warned about and has only ignored cells.
+    """
+
+    def __init__(self, scenes: Dataset[Scene], grid: Grid) -> None:
+        self.scenes = Stretched(scenes, grid)
+        self.grid = grid
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
     def __getitem__(self, index: int) -> Batch:
-        width, height = self.grid.width, self.grid.height
         try:
-            scene = self.scenes[index].resized(width, height)
+            scene = self.scenes[index]
         except UserError as error:
             # One spoilt file must not end a long run: all its cells are ignored.
             warnings.warn(f"scene {index} counts for nothing: {error}", stacklevel=1)
             return self._nothing()
-        coded = self.grid.encode(scene.quads, width, height)
+        coded = self.grid.encode(scene.quads, self.grid.width, self.grid.height)
         return (
             torch.from_numpy(scene.picture).permute(2, 0, 1),
             torch.from_numpy(coded.target),

@@ -19,11 +19,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*arguments)
         except UserError as error:
-            sys.exit(_status_after(f"error: {error}"))
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
     return command
-
-
-def _status_after(message: str) -> int:
-    print(message, file=sys.stderr)
-    return 2

@@ -7,7 +7,8 @@ python -m examples.text_detection.evaluate runs/train/checkpoint.pt --data SYNTH
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .detection import detect
-from .errors import exit_on_user_error
+from .errors import UserError, exit_on_user_error
 from .generator import GeneratedText
 from .grid import Grid
 from .processes import usable
@@ -25,6 +26,15 @@ from .synthtext import SynthText
 from .training import load_model
 
 HELD_OUT_SEED = 1_000_003  # of the generated held-out pictures, which every score here is of
+
+
+def readable(scenes: Dataset[Scene]) -> Iterator[Scene]:
+    """The scenes in order; one whose picture cannot be read is warned about and left out."""
+    for index in range(len(scenes)):  # type: ignore[arg-type]
+        try:
+            yield scenes[index]
+        except UserError as error:
+            warnings.warn(f"scene {index} is left out: {error}", stacklevel=2)
 
 
 def evaluate(
@@ -39,8 +49,7 @@ def evaluate(
     model.eval()
     total = Score()
     count = len(scenes)  # type: ignore[arg-type]
-    for index in tqdm(range(count), "evaluate", disable=not progress, leave=False):
-        scene = scenes[index]
+    for scene in tqdm(readable(scenes), "evaluate", count, disable=not progress, leave=False):
         found = detect(model, grid, scene.picture, scales, threshold)
         height, width = scene.picture.shape[:2]
         total += score(found, scene.quads, grid.readable(scene.quads, width, height))

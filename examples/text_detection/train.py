@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -24,11 +25,11 @@ from pathlib import Path
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from .batches import StepSampler, load
+from .batches import StepSampler, Stretched, load
 from .detection import detect
 from .draw import save_curves, save_detections
 from .errors import UserError, exit_on_user_error
-from .evaluate import HELD_OUT_SEED, evaluate
+from .evaluate import HELD_OUT_SEED, evaluate, readable
 from .generator import GeneratedText
 from .grid import warn_if_pixels
 from .log import Log, read_log
@@ -74,14 +75,18 @@ def train(recipe: Recipe, run: Run) -> Score | None:
     """Train by `recipe` into `run.out`; the final score, None if it was interrupted before."""
     started = time.monotonic()
     with joined(run.device) as processes:
+        if recipe.batch % processes.count:
+            raise UserError(
+                f"--batch {recipe.batch} does not part among {processes.count} processes"
+            )
         scenes, held_out = _scenes(recipe, run)
         training = Training(recipe, processes, run.compile)
         checkpoint = run.out / "checkpoint.pt"
         if run.resume:
-            training.load_state_dict(read_checkpoint(checkpoint, processes.device))
+            training.load_state_dict(read_checkpoint(checkpoint))
         elif processes.first:
             _set_aside(run.out)
-        run.out.mkdir(parents=True, exist_ok=True)
+            run.out.mkdir(parents=True, exist_ok=True)
         if not _optimise(training, scenes, held_out, run):
             if processes.first:
                 print(f"interrupted; {checkpoint} holds step {training.step}, --resume goes on")
@@ -108,8 +113,9 @@ def _scenes(recipe: Recipe, run: Run) -> tuple[Dataset[Scene], Dataset[Scene]]:
             f"{recipe.data} has {len(scenes)} pictures, of which --held-out {run.held_out} leaves "
             "none to train on"
         )
-    last = len(scenes) - run.held_out
-    return Subset(scenes, range(last)), Subset(scenes, range(last, len(scenes)))
+    first = len(scenes) - run.held_out
+    held_out = Subset(scenes, range(first, len(scenes)))
+    return Subset(scenes, range(first)), Stretched(held_out, recipe.grid())
 
 
 def _optimise(
@@ -200,8 +206,7 @@ def _ratios(score: Score) -> dict[str, float]:
 def _show(training: Training, held_out: Dataset[Scene], score: Score, run: Run) -> None:
     """Write the two figures and the score."""
     grid = training.recipe.grid()
-    count = min(_DRAWN, len(held_out))  # type: ignore[arg-type]
-    scenes = [held_out[index].resized(grid.width, grid.height) for index in range(count)]
+    scenes = list(itertools.islice(readable(held_out), _DRAWN))
     found = [detect(training.model, grid, scene.picture, scales=(1.0,)) for scene in scenes]
     save_detections(scenes, found, run.out / "detections.png")
     log = read_log(run.out / "log.csv")

@@ -52,7 +52,7 @@ class Recipe:
     width: str = "narrow"
     norm: Norm = "batch"
     batch: int = 16
-    steps: int = 700
+    steps: int = 500
     learning_rate: float = 1.0
     decay: str = "cosine"
     head_rate: float = 0.001
@@ -236,10 +236,10 @@ def save(state: dict[str, Any], path: Path) -> None:
     os.replace(beside, path)
 
 
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save` wrote; UserError where there is no such file or it is something else."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; `train` writes one") from None
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
@@ -252,8 +252,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Grid]:
     """The trained network of a checkpoint, in eval mode, and its coding of boxes."""
-    state = read_checkpoint(path, device)
+    state = read_checkpoint(path)
     recipe = Recipe(**state["recipe"])
-    model = recipe.model().to(device)
+    model = recipe.model()
     model.load_state_dict(state["model"])
-    return model.eval(), recipe.grid()
+    return model.to(device).eval(), recipe.grid()
