@@ -3,9 +3,10 @@
 A detection is right if its intersection over union with a word's box is above 0.5; each word and
 each detection counts once. Words that nobody could be asked to find (too small, cut off) are
 neither missed nor found: a detection that lies on one by more than half of its own area is left
-out. Hits are summed over all pictures before the ratios are taken. This is the one-to-one
-matching that the ICDAR 2013 and 2015 competitions evaluate words with ("IoU evaluation"); the
-area-based DetEval variant of ICDAR 2013, with its one-to-many matches, is not computed here.
+out. Hits are summed over all pictures before the ratios are taken. This is the matching by
+intersection over union that text detection took over from Pascal VOC (described in arXiv
+1907.01227, section 1); ICDAR 2013's own DetEval, with its one-to-many matches by area, is not
+computed here.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive, default=recipe.steps, help="steps in all")
     add("--learning-rate", type=float, default=recipe.learning_rate, help="the highest")
     add("--head-rate", type=float, default=recipe.head_rate, help="share of it for the head")
-    add("--clip", type=float, default=recipe.clip, help="largest norm of a gradient")
+    add("--clip", type=float, default=recipe.clip, help="largest norm of the gradient")
     add("--decay", choices=("cosine", "paper"), default=recipe.decay, help="of the learning rate")
     add("--weight-decay", type=float, default=recipe.weight_decay, help="of SGD")
     add("--anneal", type=float, default=recipe.anneal, help="share of the steps till weight 1")
@@ -275,10 +275,12 @@ def _check(recipe: Recipe) -> None:
     """UserError for values that argparse lets through and no run can use."""
     if recipe.size % recipe.stride:
         raise UserError(f"--size {recipe.size} is no multiple of --stride {recipe.stride}")
-    for name in ("learning_rate", "head_rate", "clip", "size_weight"):
+    for name in ("learning_rate", "head_rate", "size_weight", "clip"):
         value = getattr(recipe, name)
-        if not 0 < value < math.inf:
+        if not value > 0 or (value == math.inf and name != "clip"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if not recipe.weight_decay >= 0:
+        raise UserError(f"--weight-decay must be at least 0, not {recipe.weight_decay}")
     if not 0 < recipe.anneal <= 1:
         raise UserError(f"--anneal must be above 0 and at most 1, not {recipe.anneal}")
 
