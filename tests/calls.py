@@ -105,4 +105,6 @@ def check_call(impl: Implementation, call: dict[str, Any]) -> None:
         assert_gradient(grads[0], truth.grad, pred.dtype)
         assert_gradient(grads[1], -truth.grad, target.dtype)
     with torch.no_grad():
-        assert torch.equal(impl.loss(pred, target, **given_settings).nan_to_num(7), loss.nan_to_num(7))
+        assert torch.equal(
+            impl.loss(pred, target, **given_settings).nan_to_num(7), loss.nan_to_num(7)
+        )

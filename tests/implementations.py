@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import fcrn_fused
 import torch
-from fcrn_fused import ops
 from torch import Tensor
+
+import fcrn_fused
+from fcrn_fused import ops
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,9 @@ def fcrn_loss(
                 else:
                     negative_conf += error[b, j, s]
 
-    upstream = np.asarray(_extended(grad_output) if isinstance(grad_output, Tensor) else grad_output)
+    upstream = np.asarray(
+        _extended(grad_output) if isinstance(grad_output, Tensor) else grad_output
+    )
     total = error.sum()
     with np.errstate(invalid="ignore", divide="ignore"):
         if reduction == "none":

@@ -13,6 +13,7 @@ thousand (10^5 small calls are made for that alone).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import os
@@ -26,11 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' modules are no package
 
-import fcrn_fused
 import torch
 from batches import DTYPES, REDUCTIONS, make_batch
 from calls import check_call, tensors_of
 from implementations import IMPLEMENTATIONS, Implementation
+
+import fcrn_fused
 
 BAD_SETTINGS: list[dict[str, Any]] = [
     {"reduction": "average"},
@@ -68,7 +70,9 @@ def random_call(seed: int) -> dict[str, Any]:
     """The call that belongs to a seed: small enough for the loops, in every other way anything."""
     rng = random.Random(seed)
     maps = rng.choice([1, 2, 3, 7, 7, 7, 8, 11])
-    space = [rng.choice([0, 1, 1, 2, 3, 5, 8, 13, 16, 17]) for _ in range(rng.choice([0, 1, 2, 2, 3]))]
+    space = [
+        rng.choice([0, 1, 1, 2, 3, 5, 8, 13, 16, 17]) for _ in range(rng.choice([0, 1, 2, 2, 3]))
+    ]
     if rng.random() < 0.8:
         space = [max(1, size) for size in space]
     while maps * torch.Size(space).numel() > 3000:
@@ -203,10 +207,8 @@ def memory_growth(impl: Implementation, calls: int, after: int = 1000) -> int:
         pred.grad = None
         (loss if i % 2 else 3 * loss).backward()
         if i % 100 == 0:
-            try:
+            with contextlib.suppress(ValueError):
                 impl.loss(pred, target, reduction="average")
-            except ValueError:
-                pass
         if i == after:
             start = memory(impl.device)
     return memory(impl.device) - start

@@ -67,9 +67,7 @@ def test_the_profiler_does_see_casts(device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "positive"])
-def test_a_network_under_autocast_with_a_grad_scaler(
-    impl: Implementation, reduction: str
-) -> None:
+def test_a_network_under_autocast_with_a_grad_scaler(impl: Implementation, reduction: str) -> None:
     """float16 where the device's convolutions have it; the scaled steps reduce the loss."""
     torch.manual_seed(0)
     network = torch.nn.Conv2d(3, 7, 3, padding=1).to(impl.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import fcrn_fused
 import numpy as np
 import oracle
 import pytest
@@ -12,6 +11,8 @@ import torch
 from batches import REDUCTIONS, SCALAR_REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
+
+import fcrn_fused
 
 SETTINGS = {"negative_weight": 0.3, "positive_weight": 1.3, "coord_weight": [0.5, 2.0]}
 

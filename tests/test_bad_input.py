@@ -7,15 +7,16 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-import fcrn_fused
 import numpy as np
 import oracle
 import pytest
 import torch
 from batches import make_batch
-from fcrn_fused import FCRNLoss, reference
 from implementations import IMPLEMENTATIONS, Implementation
 from tolerances import assert_gradient, assert_loss
+
+import fcrn_fused
+from fcrn_fused import FCRNLoss, reference
 
 NAN, INF = float("nan"), float("inf")
 SHAPE = (2, 3, 4, 5)
@@ -65,7 +66,9 @@ def refused(
 
 
 @pytest.mark.parametrize(
-    "value", [None, 1.0, [[1.0]], np.zeros(SHAPE, np.float32), "tensor"], ids=lambda v: type(v).__name__
+    "value",
+    [None, 1.0, [[1.0]], np.zeros(SHAPE, np.float32), "tensor"],
+    ids=lambda v: type(v).__name__,
 )
 @each_entrance
 def test_not_a_tensor(call: Callable[..., Any], value: Any) -> None:
@@ -88,9 +91,7 @@ def test_a_weight_that_is_not_a_number(call: Callable[..., Any], name: str, valu
 @each_entrance
 def test_a_coord_weight_that_is_not_a_number(call: Callable[..., Any], value: Any) -> None:
     refused(TypeError, rf"coord_weight.*{type(value).__name__}", call, coord_weight=value)
-    refused(
-        TypeError, rf"coord_weight.*{type(value).__name__}", call, coord_weight=[1.0, value]
-    )
+    refused(TypeError, rf"coord_weight.*{type(value).__name__}", call, coord_weight=[1.0, value])
 
 
 @pytest.mark.parametrize("value", ["-1", 1j, [255], object()], ids=lambda v: type(v).__name__)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import fcrn_fused
 import pytest
 import torch
-from fcrn_fused import ops
 from implementations import IMPLEMENTATIONS
+
+import fcrn_fused
+from fcrn_fused import ops
 
 
 def test_it_names_versions_and_devices() -> None:

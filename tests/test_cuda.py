@@ -1,4 +1,4 @@
-"""What only a GPU shows: launches, synchronisation, graphs, streams, several devices, CPU weights."""
+"""What only a GPU shows: launches, synchronisation, graphs, streams, devices, CPU weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import fcrn_fused
 import oracle
 import pytest
 import torch
@@ -14,6 +13,8 @@ from batches import REDUCTIONS, SCALAR_REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
 from torch.profiler import ProfilerActivity, profile
+
+import fcrn_fused
 
 SHAPE = (4, 7, 33, 35)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import fcrn_fused
 import numpy as np
 import oracle
 import pytest
@@ -12,6 +11,8 @@ import torch
 from batches import DTYPES, REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
+
+import fcrn_fused
 
 # One image of three cells: positive, negative, ignored. Every number below is exact in each dtype.
 PRED = [[1.0, 5.0, 7.0], [2.0, 5.0, 7.0], [0.5, 0.25, 9.0]]

@@ -25,7 +25,9 @@ def results(impl: Implementation, pred: torch.Tensor, target: torch.Tensor) -> l
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [*((s, torch.float32) for s in SHAPES), (SHAPES[0], torch.bfloat16)], ids=str
+    ("shape", "dtype"),
+    [*((s, torch.float32) for s in SHAPES), (SHAPES[0], torch.bfloat16)],
+    ids=str,
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.usefixtures("threads")

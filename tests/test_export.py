@@ -7,13 +7,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import fcrn_fused
 import oracle
 import pytest
 import torch
 from batches import DTYPES, REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_loss
+
+import fcrn_fused
 
 
 class Validation(torch.nn.Module):
@@ -187,9 +188,7 @@ def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_tensors_through_the_public_function(
-    impl: Implementation, dtype: torch.dtype
-) -> None:
+def test_fake_tensors_through_the_public_function(impl: Implementation, dtype: torch.dtype) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     pred, target = make_batch((2, 3, 4, 6), dtype=dtype, device=impl.device)

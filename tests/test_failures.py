@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fcrn_fused
 import pytest
+
+import fcrn_fused
 from fcrn_fused import ops
 
 SETUP = Path(__file__).parent.parent / "setup.py"

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fcrn_fused
 import pytest
 import torch
 from batches import REDUCTIONS, make_batch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+
+import fcrn_fused
 
 SHAPE = (2, 3, 2, 3)
 SETTINGS = {"negative_weight": 0.3, "coord_weight": [0.5, 2.0], "ignore_value": -1.0}
@@ -121,7 +122,10 @@ def test_vmap_over_examples(device: str) -> None:
         torch.stack([loss(pred, targets[0]) for pred in preds]),
     )
     per_example = vmap(grad(loss))(preds, targets)
-    each = [by_autograd(*pair, reduction="positive", **SETTINGS)[0] for pair in zip(preds, targets)]
+    each = [
+        by_autograd(*pair, reduction="positive", **SETTINGS)[0]
+        for pair in zip(preds, targets, strict=True)
+    ]
     torch.testing.assert_close(per_example, torch.stack(each))
 
 

@@ -130,9 +130,7 @@ def test_the_swap_lets_pixels_in_negative_labels_count(impl: Implementation) -> 
     assert snippet == pytest.approx(WEIGHT * 2 * 256**2 / 7, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("weight", "optimum"), [(1.0, 0.02), (0.01, 0.671), (0.1, 0.169)], ids=str
-)
+@pytest.mark.parametrize(("weight", "optimum"), [(1.0, 0.02), (0.01, 0.671), (0.1, 0.169)], ids=str)
 def test_the_optimum_of_a_constant_confidence(
     impl: Implementation, weight: float, optimum: float
 ) -> None:
@@ -142,7 +140,7 @@ def test_the_optimum_of_a_constant_confidence(
     target.view(1, 7, -1)[0, 6, : round(share * 5000)] = 1
     confidence = torch.tensor(0.5, dtype=torch.float64, device=impl.device, requires_grad=True)
 
-    def loss(c: torch.Tensor, function=None) -> torch.Tensor:  # noqa: ANN001
+    def loss(c: torch.Tensor, function=None) -> torch.Tensor:
         pred = torch.cat([target[:, :6], c.expand(1, 1, 50, 100)], 1)
         if function is not None:
             return function(pred, target, weight).mean()

@@ -60,9 +60,7 @@ def test_a_tensor_whose_end_lies_beyond_2_to_the_31(fused: Implementation, layou
     if layout == "contiguous":
         pred, target = (zeros((1, CHANNELS, CELLS), fused.device) for _ in range(2))
     else:
-        pred, target = (
-            zeros((1, CELLS, CHANNELS), fused.device).transpose(1, 2) for _ in range(2)
-        )
+        pred, target = (zeros((1, CELLS, CHANNELS), fused.device).transpose(1, 2) for _ in range(2))
     assert pred.numel() > 2**31
     for cell in (0, CELLS - 1):
         pred[0, :, cell] = torch.arange(1, CHANNELS + 1, device=fused.device).bfloat16()

@@ -36,7 +36,9 @@ def test_poison_in_masked_places_changes_nothing(
     masked = masked_places(target)
     in_target = masked.clone()
     in_target[:, -1] = False  # the confidence there says that the cell is ignored
-    assert masked.any() and in_target.any() and not masked.all()
+    assert masked.any()
+    assert in_target.any()
+    assert not masked.all()
     poison = torch.tensor(POISONS, device=impl.device, dtype=dtype).repeat(pred.numel())
     poison = poison[: pred.numel()].view(pred.shape)
     results = []

@@ -9,7 +9,6 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import fcrn_fused
 import numpy as np
 import oracle
 import pytest
@@ -17,6 +16,8 @@ import torch
 from batches import REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
+
+import fcrn_fused
 
 SETTINGS: dict[str, Any] = {
     "negative_weight": 0.3,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import fcrn_fused
 import hypothesis.strategies as st
 import torch
 from batches import DTYPES, REDUCTIONS
 from calls import check_call, tensors_of
 from hypothesis import example, given
 from implementations import Implementation
+
+import fcrn_fused
+
 
 @st.composite
 def shapes(draw: st.DrawFn, max_cells: int = 60) -> tuple[int, ...]:

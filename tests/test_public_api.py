@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 
-import fcrn_fused
 import pytest
 import torch
+
+import fcrn_fused
 
 SIGNATURE = {
     "negative_weight": 1.0,

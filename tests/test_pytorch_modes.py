@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 
-import fcrn_fused
 import oracle
 import pytest
 import torch
@@ -14,6 +13,8 @@ from batches import REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
 from torch.utils.checkpoint import checkpoint
+
+import fcrn_fused
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

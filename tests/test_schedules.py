@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import fcrn_fused
 import numpy as np
 import pytest
 import torch
+
+import fcrn_fused
 from fcrn_fused import FCRNLoss, LinearNegativeWeight, StepNegativeWeight
 
 SCHEDULES: dict[str, Callable[[FCRNLoss], Any]] = {

@@ -67,7 +67,7 @@ def test_one_graph_backward_from_many_threads(impl: Implementation) -> None:
         loss = impl.loss(pred, target)
         start = threading.Barrier(4)
 
-        def work(_: int, loss=loss, pred=pred, start=start) -> torch.Tensor:  # noqa: ANN001
+        def work(_: int, loss=loss, pred=pred, start=start) -> torch.Tensor:
             start.wait()
             (grad,) = torch.autograd.grad(loss, pred, retain_graph=True)
             return grad
