@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .arguments import positive
 from .detection import detect
 from .errors import UserError, exit_on_user_error
 from .generator import GeneratedText
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="what `train` wrote")
     parser.add_argument("--data", type=Path, help="a folder in SynthText's format; else generated")
-    parser.add_argument("--pictures", type=int, default=200, help="how many, at most")
+    parser.add_argument("--pictures", type=positive, default=200, help="how many, at most")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
     parser.add_argument("--threshold", type=float, default=0.3, help="least confidence of a box")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")

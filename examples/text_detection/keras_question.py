@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from fcrn_fused import FCRNLoss
 
+from .arguments import natural, positive
 from .batches import CodedScenes, StepSampler, load
 from .errors import exit_on_user_error
 from .evaluate import HELD_OUT_SEED, evaluate
@@ -228,12 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/keras_question"))
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=recipe.steps)
-    parser.add_argument("--size", type=int, default=recipe.size, help="side of a picture in pixels")
-    parser.add_argument("--pictures", type=int, default=50, help="held-out pictures")
-    parser.add_argument("--every", type=int, default=50, help="steps between measurements")
-    parser.add_argument("--workers", type=int, default=1, help="processes that make pictures")
-    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--steps", type=positive, default=recipe.steps)
+    parser.add_argument(
+        "--size", type=positive, default=recipe.size, help="side of a picture in pixels"
+    )
+    parser.add_argument("--pictures", type=positive, default=50, help="held-out pictures")
+    parser.add_argument("--every", type=positive, default=50, help="steps between measurements")
+    parser.add_argument("--workers", type=natural, default=1, help="processes that make pictures")
+    parser.add_argument("--seed", type=natural, default=recipe.seed)
     options = parser.parse_args(arguments)
     recipe = dataclasses.replace(recipe, steps=options.steps, size=options.size, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)

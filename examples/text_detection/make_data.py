@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .arguments import natural, positive
 from .batches import load_scenes
 from .errors import exit_on_user_error
 from .generator import GeneratedText
@@ -25,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--size", type=int, default=256, help="side of a picture in pixels")
+    parser.add_argument("--pictures", type=positive, default=1000)
+    parser.add_argument("--size", type=positive, default=256, help="side of a picture in pixels")
     parser.add_argument("--split", choices=("train", "held-out"), default="train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--workers", type=natural, default=2, help="processes that draw")
     options = parser.parse_args(arguments)
     scenes = GeneratedText(options.pictures, options.size, options.split, options.seed)
     drawn = tqdm(load_scenes(scenes, options.workers), "make-data", total=len(scenes))

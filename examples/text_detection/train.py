@@ -25,6 +25,7 @@ from pathlib import Path
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from .arguments import natural, positive
 from .batches import StepSampler, Stretched, load
 from .detection import detect
 from .draw import save_curves, save_detections
@@ -237,14 +238,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=run.out, help="folder to write to")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--data", default=recipe.data, help="folder in SynthText's format; else generated")
-    add("--pictures", type=_positive, default=recipe.pictures, help="generated to train on")
-    add("--held-out", type=_positive, default=run.held_out, help="pictures kept for scoring")
-    add("--size", type=_positive, default=recipe.size, help="side of a picture in pixels")
+    add("--pictures", type=positive, default=recipe.pictures, help="generated to train on")
+    add("--held-out", type=positive, default=run.held_out, help="pictures kept for scoring")
+    add("--size", type=positive, default=recipe.size, help="side of a picture in pixels")
     add("--stride", type=int, choices=STRIDES, default=recipe.stride, help="side of a cell")
     add("--width", choices=tuple(WIDTHS), default=recipe.width, help="channels of the network")
     add("--norm", choices=("batch", "group", "none"), default=recipe.norm, help="normalisation")
-    add("--batch", type=_positive, default=recipe.batch, help="pictures a step")
-    add("--steps", type=_positive, default=recipe.steps, help="steps in all")
+    add("--batch", type=positive, default=recipe.batch, help="pictures a step")
+    add("--steps", type=positive, default=recipe.steps, help="steps in all")
     add("--learning-rate", type=float, default=recipe.learning_rate, help="the highest")
     add("--head-rate", type=float, default=recipe.head_rate, help="share of it for the head")
     add("--clip", type=float, default=recipe.clip, help="largest norm of the gradient")
@@ -253,22 +254,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--anneal", type=float, default=recipe.anneal, help="share of the steps till weight 1")
     add("--size-weight", type=float, default=recipe.size_weight, help="of w and h in the loss")
     add("--reduction", choices=("mean", "batchmean", "positive"), default=recipe.reduction)
-    add("--seed", type=int, default=recipe.seed, help="of pictures, order and weights")
+    add("--seed", type=natural, default=recipe.seed, help="of pictures, order and weights")
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--compile", action="store_true", help="torch.compile the step")
     add("--device", default=run.device, help="cpu, cuda, or auto: a GPU if there is one")
-    add("--workers", type=int, default=run.workers, help="processes that make pictures")
-    add("--log-every", type=_positive, default=run.log_every, help="steps a row of log.csv")
-    add("--score-every", type=_positive, default=run.score_every, help="steps a score")
-    add("--save-every", type=_positive, default=run.save_every, help="steps a checkpoint")
+    add("--workers", type=natural, default=run.workers, help="processes that make pictures")
+    add("--log-every", type=positive, default=run.log_every, help="steps a row of log.csv")
+    add("--score-every", type=positive, default=run.score_every, help="steps a score")
+    add("--save-every", type=positive, default=run.save_every, help="steps a checkpoint")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 def _check(recipe: Recipe) -> None:
