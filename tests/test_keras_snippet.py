@@ -1,10 +1,14 @@
 """The snippet of 2017 beside the loss it meant: what is swapped, scrambled, and too large.
 
-Keras issue 5087 asked why this loss gives tens of thousands. It is written here in PyTorch, line
-by line, for a batch of maps (B, 7, H, W).
+Keras issue 5087 asked why this loss gives tens of thousands. `examples/text_detection` has it in
+PyTorch, line by line.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +16,21 @@ from batches import make_batch
 from implementations import Implementation
 
 WEIGHT = 0.01
+EXAMPLE = Path(__file__).parent.parent / "examples" / "text_detection" / "keras_snippet.py"
 
 
-def keras_snippet(y_pred: torch.Tensor, y_true: torch.Tensor, weight: float) -> torch.Tensor:
-    """`K.mean(K.concatenate(parts).reshape((B, 7, H, W)), axis=1)` as the snippet has it."""
-    loss = (y_pred - y_true) ** 2
-    images = []
-    for i in range(y_pred.shape[0]):
-        c = y_true[i, 6]
-        final_c = c * loss[i, 6]  # taken before the weight is put in
-        c = torch.where(c <= 0, weight, c)
-        parts = [c * loss[i, j] for j in range(6)] + [final_c]
-        images.append(torch.cat(parts, dim=-1))  # K.concatenate: along the last axis
-    height, width = y_pred.shape[2:]
-    return torch.cat(images, dim=0).reshape(-1, 7, height, width).mean(1)
+def load_snippet() -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]:
+    """By its path: the example is no part of the package."""
+    spec = importlib.util.spec_from_file_location("keras_snippet", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loss: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = module.keras_snippet_loss
+    return loss
+
+
+keras_snippet = load_snippet()
 
 
 def unscrambled_snippet(y_pred: torch.Tensor, y_true: torch.Tensor, weight: float) -> torch.Tensor:
