@@ -137,7 +137,9 @@ def compiled() -> Callable[[str], Compiled]:
 
 def _demangled(name: str) -> str:
     tool = shutil.which("c++filt")
-    return _output(tool, name).strip().partition("(")[0] if tool else name
+    if tool is None:
+        return name
+    return _output(tool, name).strip().replace("(anonymous namespace)::", "").partition("(")[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
