@@ -228,18 +228,27 @@ inline void check_pair(const Tensor& pred, const Tensor& target) {
   STD_TORCH_CHECK(on_same_device(pred, target), "target must be on the device of pred");
 }
 
+inline void check_weight(const char* name, double weight) {
+  STD_TORCH_CHECK(weight >= 0.0 && std::isfinite(weight), name,
+                  " must be finite and not negative, got ", weight);
+}
+
 // A weight tensor on the CPU is read now and becomes a number: a captured CUDA graph keeps it.
 inline void describe_rule(LossPass& pass, const Rule& rule, const Tensor& pred, DType kinds_dtype) {
   STD_TORCH_CHECK(rule.reduction >= 0 && rule.reduction <= static_cast<int64_t>(Reduction::none),
                   "reduction must be 0 to 5");
   pass.reduction = static_cast<Reduction>(rule.reduction);
+  check_weight("positive_weight", rule.positive_weight);
   pass.positive_weight = rule.positive_weight;
+  STD_TORCH_CHECK(!rule.ignore_value || !std::isnan(*rule.ignore_value),
+                  "ignore_value must not be NaN");
   if (rule.ignore_value) pass.ignore_value = rounded_to(kinds_dtype, *rule.ignore_value);
 
+  check_weight("negative_weight", rule.negative_weight);
   pass.negative_weight.number = rule.negative_weight;
   if (rule.negative_weight_tensor) {
     const Tensor& tensor = *rule.negative_weight_tensor;
-    STD_TORCH_CHECK(tensor.numel() == 1 && (on_cpu(tensor) || on_same_device(tensor, pred)),
+    STD_TORCH_CHECK(tensor.dim() == 0 && (on_cpu(tensor) || on_same_device(tensor, pred)),
                     "negative_weight must be a 0-dim tensor on the device of pred or on the CPU");
     Weight weight{tensor.const_data_ptr(), dtype_of(tensor, "negative_weight"), 0.0};
     if (on_cpu(tensor)) weight = {nullptr, DType::float64, weight.value()};
@@ -269,6 +278,7 @@ inline void describe_rule(LossPass& pass, const Rule& rule, const Tensor& pred, 
     const auto count = static_cast<int64_t>(rule.coord_weight.size());
     STD_TORCH_CHECK(count == 1 || count == num_pose_maps,
                     "coord_weight must hold one number or C - 1, got ", count);
+    for (double weight : rule.coord_weight) check_weight("coord_weight", weight);
     coord.count = count;
     if (count <= kInlineCoordWeights) {
       std::copy(rule.coord_weight.begin(), rule.coord_weight.end(), coord.numbers);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,65 +36,66 @@ class FCRNLossFunction(torch.autograd.Function):
         target: Tensor,
         negative_weight: float | Tensor,
         positive_weight: float,
-        coord_weight: Any,
+        coord_weight: float | Sequence[float] | Tensor,
         ignore_value: float | None,
         reduction: str,
         return_stats: bool = True,
     ) -> tuple[Tensor, ...]:
-        if isinstance(coord_weight, (float, int)):
-            coord_weight = (coord_weight,)
-        rule = Rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+        needs_pred_grad = ctx.needs_input_grad[0]
         keep_grad = (
-            ctx.needs_input_grad[0]
+            needs_pred_grad
             and reduction in _SCALAR_REDUCTIONS
             and pred.dtype is not torch.float16
             and not torch.compiler.is_compiling()
         )
+        rule = (negative_weight, positive_weight, coord_weight, ignore_value, reduction)
         result = ops.forward(
-            pred,
-            target,
-            rule,
-            want_grad=keep_grad,
-            want_stats=return_stats or reduction == "positive",
+            pred, target, rule, keep_grad, return_stats or reduction == "positive"
         )
         if keep_grad:
-            result, ctx.kept_grad = result[:-1], result[-1]
+            ctx.kept_grad = result.pop()
+        ctx.rule = rule
         ctx.save_for_backward(
             pred,
             target,
+            # saved to be noticed when they are changed in place before backward
             negative_weight if isinstance(negative_weight, Tensor) else None,
             coord_weight if isinstance(coord_weight, Tensor) else None,
             result[4] if reduction == "positive" else None,
         )
-        ctx.rule = rule
-        ctx.set_materialize_grads(False)
         if not return_stats:
-            return result[:1]
+            return (result[0],)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[1:])
-        return result
+        return tuple(result)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output = grad_outputs[0]
-        pred, target, negative_weight, coord_weight, num_positive = ctx.saved_tensors
-        rule = ctx.rule
-        needs_pred, needs_target = ctx.needs_input_grad[:2]
+        if grad_output is None:  # the parts of the loss were used, the loss was not
+            return (None,) * 8
         grad_pred = grad_target = None
-        if grad_output is None:
-            pass
-        elif torch.is_grad_enabled():  # create_graph=True: must be differentiable in its turn
-            grad = reference.gradient(grad_output, pred, target, rule)
+        needs_pred, needs_target = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # create_graph=True: must be differentiable in its turn
+            pred, target, *_ = ctx.saved_tensors
+            grad = reference.gradient(grad_output, pred, target, Rule(*ctx.rule))
             grad_pred = grad.to(pred.dtype) if needs_pred else None
             grad_target = -grad.to(target.dtype) if needs_target else None
-        else:
-            if needs_pred:
-                grad_pred = vars(ctx).pop("kept_grad", None)  # given away once
-                if grad_pred is None:
-                    grad_pred = ops.backward(grad_output, pred, target, rule, num_positive)
-                else:
-                    ops.rescale_(grad_pred, grad_output, pred, target, rule, num_positive)
-            if needs_target:
-                grad_target = ops.backward(
-                    grad_output, pred, target, rule, num_positive, wrt_target=True
-                )
+            return grad_pred, grad_target, None, None, None, None, None, None
+
+        kept_grad = vars(ctx).pop("kept_grad", None)  # given away once
+        if kept_grad is not None and grad_output.is_cpu and not needs_target:
+            # On the CPU a look at the value costs less than the operator that would look.
+            if grad_output.item() == 1.0 and ctx.rule[-1] != "positive":
+                return kept_grad, None, None, None, None, None, None, None
+        pred, target, _, _, num_positive = ctx.saved_tensors
+        if kept_grad is not None:
+            grad_pred = kept_grad
+            ops.rescale_(grad_pred, grad_output, pred, target, ctx.rule, num_positive)
+        elif needs_pred:
+            grad_pred = ops.backward(grad_output, pred, target, ctx.rule, num_positive)
+        if needs_target:
+            grad_target = ops.backward(
+                grad_output, pred, target, ctx.rule, num_positive, wrt_target=True
+            )
         return grad_pred, grad_target, None, None, None, None, None, None

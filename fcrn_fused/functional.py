@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad as fwAD
 from . import ops, reference
 from .autograd import FCRNLossFunction
 from .stats import FCRNLossStats
-from .validation import check, check_backend
+from .validation import Rule, check, check_backend
 
 
 def fcrn_loss(
@@ -68,28 +69,58 @@ def fcrn_loss(
             not fit; a weight that requires grad.
         RuntimeError: `backend="fused"` and no compiled kernel serves the input.
     """
-    rule = check(
-        pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
+    rule: Any = (negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+    if (backend == "auto" or backend == "fused") and _is_plain_eager():
+        try:
+            if _has_kernels(pred):
+                return _fused(pred, target, rule, return_stats)
+        except Exception:  # the operator refused what does not fit; below it is said in words
+            pass
+    rule = check(pred, target, *rule)
+    if check_backend(backend) != "reference" and _fused_serves(pred, target, backend):
+        if torch.compiler.is_compiling() and isinstance(rule.negative_weight, float):
+            # as a tensor: one that is annealed as a number would be compiled in, each value anew
+            one = torch.ones((), dtype=torch.float64, device=pred.device)
+            rule = rule._replace(negative_weight=one * rule.negative_weight)
+        return _fused(pred, target, rule, return_stats)
+    return reference.fcrn_loss(
+        pred,
+        target,
+        negative_weight=negative_weight,
+        positive_weight=positive_weight,
+        coord_weight=coord_weight,
+        ignore_value=ignore_value,
+        reduction=reduction,
+        return_stats=return_stats,
     )
-    if check_backend(backend) == "reference" or not _fused_serves(pred, target, backend):
-        return reference.fcrn_loss(
-            pred,
-            target,
-            negative_weight=negative_weight,
-            positive_weight=positive_weight,
-            coord_weight=coord_weight,
-            ignore_value=ignore_value,
-            reduction=reduction,
-            return_stats=return_stats,
-        )
+
+
+def _fused(
+    pred: Tensor, target: Tensor, rule: Rule | tuple[Any, ...], return_stats: bool
+) -> Tensor | tuple[Tensor, FCRNLossStats]:
     if torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad):
         result = FCRNLossFunction.apply(pred, target, *rule, return_stats)
     else:
-        result = ops.forward(pred, target, rule, want_stats=return_stats)
+        result = ops.forward(pred, target, rule, False, return_stats)
     if return_stats:
-        loss, *parts = result
-        return loss, FCRNLossStats(*parts)
+        return result[0], FCRNLossStats(*result[1:])
     return result[0]
+
+
+def _is_plain_eager() -> bool:
+    """Nothing is traced, transformed or differentiated forward: arguments need no look beforehand."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or fwAD._current_level >= 0
+    )
+
+
+def _has_kernels(pred: Tensor) -> bool:
+    if pred.is_cpu:
+        return ops.why_not("cpu") is None
+    device = pred.device
+    return ops.why_not(device.type, device.index) is None
 
 
 def _fused_serves(pred: Tensor, target: Tensor, backend: str) -> bool:

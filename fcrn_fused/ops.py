@@ -6,8 +6,10 @@ import functools
 import importlib
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,30 +42,35 @@ def compiled_module() -> ModuleType | None:
 
 
 def forward(
-    pred: Tensor, target: Tensor, rule: Rule, *, want_grad: bool = False, want_stats: bool = False
-) -> tuple[Tensor, ...]:
-    """One pass: `(loss[, coord, positive_conf, negative_conf, num_positive][, grad])`.
+    pred: Tensor,
+    target: Tensor,
+    rule: Rule | tuple[Any, ...],
+    want_grad: bool = False,
+    want_stats: bool = False,
+) -> list[Tensor]:
+    """One pass: `[loss[, coord, positive_conf, negative_conf, num_positive][, grad]]`.
 
     `grad` is dloss/dpred for a grad_output of 1; for "positive", still to be divided by the number
     of positive cells, which is known only at the end of the pass (`rescale_` does it).
     """
-    return tuple(
-        torch.ops.fcrn_fused.forward(pred, target, *_op_arguments(rule), want_grad, want_stats)
+    result: list[Tensor] = torch.ops.fcrn_fused.forward.default(
+        pred, target, *_op_arguments(pred, *rule), want_grad, want_stats
     )
+    return result
 
 
 def backward(
     grad_output: Tensor,
     pred: Tensor,
     target: Tensor,
-    rule: Rule,
+    rule: Rule | tuple[Any, ...],
     num_positive: Tensor | None,
     *,
     wrt_target: bool = False,
 ) -> Tensor:
     """dloss/dpred or dloss/dtarget, computed afresh; `num_positive` is wanted by "positive"."""
-    gradient: Tensor = torch.ops.fcrn_fused.backward(
-        grad_output, pred, target, *_op_arguments(rule), num_positive, wrt_target
+    gradient: Tensor = torch.ops.fcrn_fused.backward.default(
+        grad_output, pred, target, *_op_arguments(pred, *rule), num_positive, wrt_target
     )
     return gradient
 
@@ -73,7 +80,7 @@ def rescale_(
     grad_output: Tensor,
     pred: Tensor,
     target: Tensor,
-    rule: Rule,
+    rule: Rule | tuple[Any, ...],
     num_positive: Tensor | None,
 ) -> None:
     """Turn the `grad` that `forward` wrote into the gradient for `grad_output`, in place.
@@ -81,19 +88,29 @@ def rescale_(
     The device decides: nothing is done where grad_output is 1; else what can differ from zero is
     computed afresh, so the result is the same to the bit as that of `backward`.
     """
-    torch.ops.fcrn_fused.rescale_(
-        grad, grad_output, pred, target, *_op_arguments(rule), num_positive
+    torch.ops.fcrn_fused.rescale_.default(
+        grad, grad_output, pred, target, *_op_arguments(pred, *rule), num_positive
     )
 
 
-def _op_arguments(rule: Rule) -> tuple[object, ...]:
-    negative_weight, positive_weight, coord_weight, ignore_value, reduction = rule
-    reduction_index = REDUCTIONS.index(reduction)
+def _op_arguments(
+    pred: Tensor,
+    negative_weight: float | Tensor,
+    positive_weight: float,
+    coord_weight: float | Sequence[float] | Tensor,
+    ignore_value: float | None,
+    reduction: str,
+) -> tuple[Any, ...]:
+    """A `Rule` as the operators take it: tensors and numbers apart, the reduction by its place."""
     negative_tensor = coord_tensor = None
     if isinstance(negative_weight, Tensor):
-        negative_tensor, negative_weight = negative_weight, 0.0
+        negative_tensor, negative_weight = _constant(negative_weight), 0.0
     if isinstance(coord_weight, Tensor):
-        coord_tensor, coord_weight = coord_weight, ()
+        coord_tensor, coord_weight = _constant(coord_weight), ()
+    elif isinstance(coord_weight, (float, int)):
+        coord_weight = (coord_weight,)
+    elif len(coord_weight) == 1 and pred.shape[1] != 2:  # the operator takes one number for all
+        raise ValueError("coord_weight must be one number or one for each pose map, got 1 of them")
     return (
         negative_tensor,
         coord_tensor,
@@ -101,8 +118,14 @@ def _op_arguments(rule: Rule) -> tuple[object, ...]:
         positive_weight,
         coord_weight,
         ignore_value,
-        reduction_index,
+        REDUCTIONS.index(reduction),
     )
+
+
+def _constant(weight: Tensor) -> Tensor:
+    if weight.requires_grad:
+        raise ValueError("a weight is a constant and must not require grad; detach() it")
+    return weight
 
 
 def _load() -> tuple[ModuleType | None, dict[str, str | None]]:
@@ -150,7 +173,6 @@ def _load_cuda(module: ModuleType) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _cuda_device_problem(index: int | None) -> str | None:
     if not torch.cuda.is_available():
@@ -171,6 +193,20 @@ def _cuda_device_problem(index: int | None) -> str | None:
     )
 
 
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
+_cuda_device_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_devices(pred: Tensor, target: Tensor, *weights: Tensor | None) -> None:
+    """What the kernels check as well; a call with a tensor on "meta" comes to the fake kernel."""
+    torch._check(target.device == pred.device, lambda: "target must be on the device of pred")
+    for weight in weights:
+        torch._check(
+            weight is None or weight.device == pred.device or weight.device.type == "cpu",
+            lambda: "a weight must be on the device of pred or on the CPU",
+        )
+
+
 def _register_fakes() -> None:
     @torch.library.register_fake("fcrn_fused::forward")
     def _(
@@ -186,6 +222,7 @@ def _register_fakes() -> None:
         want_grad: bool,
         want_stats: bool,
     ) -> list[Tensor]:
+        _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
         dtype = accumulation_dtype(pred.dtype, target.dtype)
         match REDUCTIONS[reduction]:
             case "none":
@@ -217,6 +254,7 @@ def _register_fakes() -> None:
         num_positive: Tensor | None,
         wrt_target: bool,
     ) -> Tensor:
+        _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
         return torch.empty_like(target if wrt_target else pred)
 
     @torch.library.register_fake("fcrn_fused::rescale_")
@@ -240,3 +278,7 @@ def _register_fakes() -> None:
 _module, _problems = _load()
 if _module is not None:
     _register_fakes()
+    # Autograd is FCRNLossFunction's; below it the operators go to their kernels directly.
+    _library = torch.library.Library("fcrn_fused", "IMPL")
+    for _name in ("forward", "backward", "rescale_"):
+        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -38,14 +38,14 @@ def fcrn_loss(
     elif reduction == "cell":
         loss = errors.sum(1) / errors.shape[1]
     else:
-        loss = errors.sum() / _divisor(cells, reduction)
+        loss = _sum(errors) / _divisor(cells, reduction)
     if not return_stats:
         return loss
     confidence_error = errors[:, -1:].detach()
     return loss, FCRNLossStats(
-        coord=errors[:, :-1].detach().sum(),
-        positive_conf=torch.where(cells.positive, confidence_error, 0).sum(),
-        negative_conf=torch.where(cells.positive, 0, confidence_error).sum(),
+        coord=_sum(errors[:, :-1].detach()),
+        positive_conf=_sum(torch.where(cells.positive, confidence_error, 0)),
+        negative_conf=_sum(torch.where(cells.positive, 0, confidence_error)),
         num_positive=cells.positive.sum(),
     )
 
@@ -110,6 +110,12 @@ def accumulation_dtype(pred: torch.dtype, target: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(pred, target), torch.float32)
 
 
+def _sum(errors: Tensor) -> Tensor:
+    """The sum of (B, C, *S), map by map first: PyTorch splits a sum to one number among threads."""
+    spatial = tuple(range(2, errors.dim()))
+    return errors.sum(spatial).sum() if spatial else errors.sum()
+
+
 def _divisor(cells: WeighedCells, reduction: str) -> int | Tensor:
     match reduction:
         case "mean":
@@ -132,9 +138,8 @@ def _positive_weights(
     else:
         coord = torch.empty(0, dtype=dtype, device=device)
         weights = rule.coord_weight
-        numbers = (weights * (num_maps - 1) if len(weights) == 1 else weights) + (
-            rule.positive_weight,
-        )
+        numbers = (weights,) * (num_maps - 1) if isinstance(weights, (float, int)) else weights
+        numbers = (*numbers, rule.positive_weight)
     # filled on the device: a copy from the host would synchronise
     filled = [torch.full((1,), number, dtype=dtype, device=device) for number in numbers]
     return torch.cat([coord, *filled])

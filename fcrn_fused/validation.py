@@ -19,7 +19,7 @@ class Rule(NamedTuple):
 
     negative_weight: float | Tensor  # a number, or a 0-dim tensor
     positive_weight: float
-    coord_weight: Tensor | tuple[float, ...]  # a tensor (0-dim or (P,)), one number, or P numbers
+    coord_weight: float | Sequence[float] | Tensor  # one for all pose maps, or one for each
     ignore_value: float | None
     reduction: str
 
@@ -39,10 +39,9 @@ def check(
         TypeError: `pred` or `target` is not a tensor, or a weight is not a number.
         ValueError: a shape, dtype, device, reduction, weight or `ignore_value` does not fit.
     """
-    if not isinstance(pred, Tensor):
-        raise TypeError(f"pred must be a tensor, got {type(pred).__name__}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        name, given = ("target", target) if isinstance(pred, Tensor) else ("pred", pred)
+        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
     shape = pred.shape
     if shape != target.shape:
         raise ValueError(
@@ -53,7 +52,7 @@ def check(
             "pred must have the shape (B, C, *S), C = pose maps + 1 confidence map, "
             f"got {tuple(shape)}"
         )
-    if pred.dtype not in _FLOATING or target.dtype not in _FLOATING:
+    if not (pred.dtype in _FLOATING and target.dtype in _FLOATING):
         name, tensor = ("target", target) if pred.dtype in _FLOATING else ("pred", pred)
         raise ValueError(
             f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
@@ -61,18 +60,22 @@ def check(
     device = pred.device
     if device != target.device:
         raise ValueError(f"target must be on the device of pred, {device}, got {target.device}")
-    if pred.layout is not torch.strided or target.layout is not torch.strided:
-        name, tensor = ("pred", pred) if pred.layout is not torch.strided else ("target", target)
+    if not (pred.layout is torch.strided and target.layout is torch.strided):
+        name, tensor = ("target", target) if pred.layout is torch.strided else ("pred", pred)
         raise ValueError(f"{name} must be a dense (strided) tensor, got {tensor.layout}")
     if isinstance(negative_weight, Tensor):
         _check_weight_tensor("negative_weight", negative_weight, device, num_maps=None)
     else:
         negative_weight = check_weight("negative_weight", negative_weight)
+    if isinstance(coord_weight, Tensor):
+        _check_weight_tensor("coord_weight", coord_weight, device, shape[1] - 1)
+    else:
+        coord_weight = check_coord_values(coord_weight, shape[1] - 1)
     return Rule(
         negative_weight,
         check_weight("positive_weight", positive_weight),
-        _check_coord_weight(coord_weight, device, shape[1] - 1),
-        check_ignore_value(ignore_value),
+        coord_weight,
+        None if ignore_value is None else check_ignore_value(ignore_value),
         check_reduction(reduction),
     )
 
@@ -84,7 +87,7 @@ def check_weight(name: str, weight: float) -> float:
         TypeError: not a number.
         ValueError: negative, NaN or infinite.
     """
-    if not isinstance(weight, (float, int)):
+    if not isinstance(weight, float):
         weight = _as_float(name, weight)
     if not 0 <= weight < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {weight}")
@@ -100,7 +103,7 @@ def check_ignore_value(ignore_value: float | None) -> float | None:
     """
     if ignore_value is None:
         return None
-    if not isinstance(ignore_value, (float, int)):
+    if not isinstance(ignore_value, float):
         ignore_value = _as_float("ignore_value", ignore_value)
     if ignore_value != ignore_value:
         raise ValueError("ignore_value must not be NaN (nothing is equal to nan), got nan")
@@ -121,32 +124,23 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def check_coord_values(coord_weight: float | Sequence[float]) -> tuple[float, ...]:
-    """Weights of the pose maps given as numbers: one for all (a 1-tuple), or one for each."""
-    if isinstance(coord_weight, (float, int)):
-        return (check_weight("coord_weight", coord_weight),)
-    if isinstance(coord_weight, (str, bytes)) or not hasattr(coord_weight, "__len__"):
-        return (check_weight("coord_weight", coord_weight),)  # type: ignore[arg-type]
+def check_coord_values(
+    coord_weight: float | Sequence[float], num_maps: int | None = None
+) -> float | tuple[float, ...]:
+    """Weights of the pose maps given as numbers: one for all, or `num_maps` of them.
+
+    `num_maps` None: any number of them.
+    """
+    if isinstance(coord_weight, (float, int, str, bytes)) or not hasattr(coord_weight, "__len__"):
+        return check_weight("coord_weight", coord_weight)  # type: ignore[arg-type]
+    if num_maps is not None and len(coord_weight) != num_maps:
+        raise ValueError(
+            f"coord_weight must be one number or one for each of the {num_maps} pose maps, "
+            f"got {len(coord_weight)}"
+        )
     return tuple(
         [check_weight(f"coord_weight[{i}]", weight) for i, weight in enumerate(coord_weight)]
     )
-
-
-def _check_coord_weight(
-    coord_weight: float | Sequence[float] | Tensor, device: torch.device, num_maps: int
-) -> Tensor | tuple[float, ...]:
-    if isinstance(coord_weight, (float, int)):
-        return (check_weight("coord_weight", coord_weight),)
-    if isinstance(coord_weight, Tensor):
-        _check_weight_tensor("coord_weight", coord_weight, device, num_maps)
-        return coord_weight
-    values = check_coord_values(coord_weight)
-    if hasattr(coord_weight, "__len__") and len(values) != num_maps:
-        raise ValueError(
-            f"coord_weight must be one number or one for each of the {num_maps} pose maps, "
-            f"got {len(values)}"
-        )
-    return values
 
 
 def _check_weight_tensor(
@@ -171,10 +165,12 @@ def _check_weight_tensor(
 
 
 def _as_float(name: str, value: object) -> float:
-    """A number that is neither float nor int: a NumPy scalar, a Fraction."""
+    """A number that is no float: an int, a NumPy scalar, a Fraction."""
     if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
         return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {value}") from None
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from error
