@@ -152,11 +152,12 @@ def _on_gpu(timings: Timings, case: Case) -> Iterator[Bar]:
 
 
 def _memory(timings: Timings, case: Case) -> Iterator[Bar]:
-    row = timings.row(case, "ours")
-    if row and row.get("peak_bytes") is not None and row.get("gradient_bytes"):
-        over = row["peak_bytes"] / row["gradient_bytes"]
-        if row["gradient_bytes"] >= _MI:
-            yield Bar(f"{label(case)}: peak memory over the gradient's", 1.01, False, over)
+    """The gradient and nothing else that grows with the input; under no_grad, nothing at all."""
+    for pass_, most in (("step", 1.01), ("no_grad", 0.01)):
+        row = timings.row(case, "ours", pass_)
+        if row and row.get("peak_bytes") is not None and row["gradient_bytes"] >= _MI:
+            over = row["peak_bytes"] / row["gradient_bytes"]
+            yield Bar(f"{label(case)}: peak memory over a gradient's, {pass_}", most, False, over)
 
 
 def _linear(timings: Timings, threads: int) -> Iterator[Bar]:

@@ -428,16 +428,24 @@ def dram() -> Iterator[Entry]:
 
 
 def speed_plans(backend: str = "fused") -> list[loss_speed.Plan]:
-    """What `speed` times: all that is compared at every size, less for the other inputs."""
+    """What `speed` times, the most wanted first; a compiler's modes where they can matter."""
     every = loss_speed.default_cases(DEVICE, torch.get_num_threads())
     plain = [case for case in every if _is_plain(case)]
     others = [case for case in every if case not in plain]
-    peers = ["ours", "mse_loss", "eager", *loss_speed.COMPILE_MODES, "floor"]
-    scaled = ["ours", "ours-scaled", "mse_loss", "compile", "floor"]
+    small = [case for case in plain if case.size in cases.FCRN_SIZES]
+    large = [case for case in plain if case.cells >= 4 * 2**20]
+    middle = [case for case in plain if case not in small + large]
+    peers = ["ours", "mse_loss", "eager", "compile", "floor"]
+    step, no_grad = ["step"], ["no_grad"]
     return [
-        loss_speed.Plan(plain, peers, ["step"], 7, 0.05, backend),
-        loss_speed.Plan(others, scaled, ["step"], 5, 0.05, backend),
-        loss_speed.Plan(every, ["ours", "mse_loss", "floor"], ["no_grad"], 5, 0.05, backend),
+        loss_speed.Plan(large, [*peers, "compile-max-autotune"], step, 7, 0.05, backend),
+        loss_speed.Plan(small, [*peers, "compile-reduce-overhead"], step, 7, 0.05, backend),
+        loss_speed.Plan(others, ["ours", "mse_loss", "floor"], step, 5, 0.05, backend),
+        loss_speed.Plan(large, ["ours", "mse_loss", "floor"], no_grad, 5, 0.05, backend),
+        loss_speed.Plan(middle, peers, step, 5, 0.05, backend),
+        loss_speed.Plan(large, ["ours-scaled", "floor"], step, 5, 0.05, backend),
+        loss_speed.Plan(others, ["compile"], step, 5, 0.05, backend),
+        loss_speed.Plan(small + others, ["ours", "mse_loss", "floor"], no_grad, 5, 0.05, backend),
     ]
 
 

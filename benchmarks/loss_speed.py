@@ -3,6 +3,8 @@
     python benchmarks/loss_speed.py                  # the cases of the README, some minutes
     python benchmarks/loss_speed.py --quick          # under a minute
     python benchmarks/loss_speed.py --sizes 64x7x256x256 --patterns none scattered:10 all
+    python benchmarks/loss_speed.py --study scaling  # from 10^4 to 10^8 cells
+    python benchmarks/loss_speed.py --study positives       # from 0 to 100 %
     python benchmarks/loss_speed.py --compare benchmarks/results/loss_speed_cpu.json
 
 Times forward ("forward"), forward with backward ("step") and forward under `torch.no_grad()`
@@ -55,6 +57,18 @@ COMPILE_MODES = {
     "compile-reduce-overhead": "reduce-overhead",
 }
 CONTENDERS = ("ours", "ours-scaled", "mse_loss", "eager", *COMPILE_MODES, "floor")
+STUDIES = {
+    # sizes and patterns, in float32 and contiguous, of ours and the floor
+    "scaling": (
+        "16x7x24x24 16x7x80x80 16x7x256x256 64x7x400x400 64x7x1248x1248",
+        "clustered:2",
+    ),
+    "positives": (
+        "64x7x128x128",
+        "none clustered:2 clustered:10 clustered:50 "
+        "scattered:0.5 scattered:2 scattered:10 scattered:50 all",
+    ),
+}
 _LOSS_SCALE = 16384.0
 _MAX_ROTATED = 64  # sets of inputs
 
@@ -145,7 +159,8 @@ def _measure_pass(
 
     what = f"{label(case)} {pass_}"
     calls = {name: call_of(name, inputs) for name in names}
-    failures = _first_calls(calls, lambda name: progress(f"{what}, {name}", 0))
+    often = 5 if device.type == "cuda" else 2  # torch.compile captures its CUDA graphs late
+    failures = _first_calls(calls, often, lambda name: progress(f"{what}, {name}", 0))
     calls = {name: call for name, call in calls.items() if name not in failures}
     clocks = {
         "wall": timing.wall_clock(
@@ -335,15 +350,15 @@ def _rotation(inputs: Inputs, device: torch.device) -> list[Inputs]:
 
 
 def _first_calls(
-    calls: dict[str, timing.Call], announce: Callable[[str], object]
+    calls: dict[str, timing.Call], often: int, announce: Callable[[str], object]
 ) -> dict[str, str]:
-    """Call everything once, which compiles what is compiled; what failed, with the reason."""
+    """Call everything, which compiles what is compiled; what failed, with the reason."""
     failures = {}
     for name, call in calls.items():
         announce(name)
         try:
-            call()
-            call()
+            for _ in range(often):
+                call()
         except Exception as error:  # a compiler may raise anything; the others are still timed
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return failures
@@ -523,6 +538,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="time of one contender in one round (default: 0.1; at least one call)",
     )
     add("--backend", choices=("auto", "fused", "reference"), default="auto", help="for ours")
+    add("--study", choices=list(STUDIES), help="ours and the floor over many sizes or patterns")
     add("--quick", action="store_true", help="two sizes, step only, fewer rounds")
     add("--compare", type=Path, metavar="OLD.json", help="print what got slower since that run")
     add("--output", type=Path, help="default: benchmarks/results/loss_speed_<device>.json")
@@ -586,6 +602,13 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """The cases and contenders that the command line asks for."""
     on_cpu = options.device.type == "cpu"
     threads = options.threads or [torch.get_num_threads()]
+    if options.study:
+        sizes, patterns = STUDIES[options.study]
+        options.sizes = options.sizes or [cases.parse_size(size) for size in sizes.split()]
+        options.patterns = options.patterns or [
+            cases.parse_pattern(text) for text in patterns.split()
+        ]
+        options.contenders = options.contenders or ["ours", "floor"]
     chosen = (options.sizes, options.patterns, options.dtypes, options.layouts, options.threads)
     if options.quick:
         sizes = options.sizes or [cases.FCRN_SIZES[0], cases.DENSE_SIZES[0]]
@@ -605,7 +628,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     return Plan(
         to_run,
         contenders,
-        ["step"] if options.quick else options.passes,
+        ["step"] if options.quick or options.study else options.passes,
         min(options.rounds, 5) if options.quick else options.rounds,
         min(options.round_seconds, 0.05) if options.quick else options.round_seconds,
         options.backend,
@@ -653,7 +676,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bars:
         print("\n" + format_bars(bars))
     if not options.no_output:
-        stem = f"loss_speed_{options.device.type}" + ("_quick" if options.quick else "")
+        stem = f"loss_speed_{options.device.type}"
+        stem += f"_{options.study}" if options.study else "_quick" if options.quick else ""
         path = options.output or provenance.RESULTS / f"{stem}.json"
         provenance.write_json(record, path)
         title = f"{provenance.device_name(run['device'])}, float32, 2 % clustered positives"

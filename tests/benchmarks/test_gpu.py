@@ -433,7 +433,21 @@ def test_the_timings_cover_the_cases_of_the_gpu():
     plans = gpu_checks.speed_plans()
     sizes = {case.size for plan in plans for case in plan.cases}
     assert sizes == {*cases.FCRN_SIZES, *cases.DENSE_SIZES, cases.HUGE_SIZE}
-    step, others, no_grad = plans
-    assert {"eager", "compile", "compile-max-autotune", "mse_loss"} <= set(step.contenders)
-    assert {case.dtype for case in others.cases} == {"float32", "bfloat16", "float16"}
-    assert no_grad.passes == ["no_grad"]
+    timed = {
+        (case, name, pass_)
+        for plan in plans
+        for case in plan.cases
+        for name in plan.contenders
+        for pass_ in plan.passes
+    }
+    every = {case for case, *_ in timed}
+    assert {case.dtype for case in every} == {"float32", "bfloat16", "float16"}
+    assert {case.layout for case in every} == {"contiguous", "channels_last"}
+    for case in every:
+        assert {(case, name, "step") for name in ("ours", "mse_loss", "compile", "floor")} <= timed
+    huge = plans[0].cases[-1]
+    assert huge.size == cases.HUGE_SIZE
+    for name in ("eager", "compile-max-autotune"):
+        assert (huge, name, "step") in timed
+    assert (huge, "ours", "no_grad") in timed
+    assert all((case, "ours-scaled", "step") in timed for case in plans[0].cases)

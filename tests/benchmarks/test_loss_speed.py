@@ -86,6 +86,14 @@ def test_what_is_chosen_is_combined():
     assert {case.dtype for case in plan.cases} == {"float16"}
 
 
+@pytest.mark.parametrize("study", list(loss_speed.STUDIES))
+def test_a_study_goes_over_many_inputs_of_ours_and_the_floor(study):
+    plan = loss_speed.make_plan(loss_speed.parse_arguments(["--study", study]))
+    assert plan.contenders == ["ours", "floor"]
+    assert plan.passes == ["step"]
+    assert len(plan.cases) >= 5
+
+
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     pytest.importorskip("matplotlib")
