@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from cases import DENSE_SIZES, FCRN_SIZES, HUGE_SIZE, Case
+from workloads import DENSE_SIZES, FCRN_SIZES, HUGE_SIZE, Case
 
 _MI = 2**20
 _HALVES = ("bfloat16", "float16")

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import cases
 import loss_speed
 import provenance
-from cases import Case
+import workloads
 from fcrn_fused import FCRNLoss, StepNegativeWeight, fcrn_loss, reference
+from workloads import Case
 
 GRADIENT_ULPS = {torch.float64: 4, torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 LOSS_RTOL = 1e-6
@@ -32,7 +32,7 @@ OUR_KERNELS = "fcrn::"  # the namespace all of them are in
 MARKER_KERNEL = "spin_kernel"  # of torch.cuda._sleep, launched between two cases
 
 # 1.9 GB a tensor in float32: what a cache holds back of it does not count
-DRAM_SIZE = cases.HUGE_SIZE
+DRAM_SIZE = workloads.HUGE_SIZE
 DRAM_CASES = (
     # pattern, dtype, layout, pass
     ("clustered:2", "float32", "contiguous", "step"),
@@ -169,7 +169,7 @@ def accuracy() -> Iterator[Entry]:
     count = 0
     for size in ((4, 7, 16, 16), (3, 7, 13, 13), (8, 7, 128, 128)):
         for dtype in GRADIENT_ULPS:
-            for layout in cases.LAYOUTS.values():
+            for layout in workloads.LAYOUTS.values():
                 pred, target = (
                     tensor.contiguous(memory_format=layout) for tensor in random_batch(size, dtype)
                 )
@@ -295,9 +295,9 @@ def huge() -> Iterator[Entry]:
             f"needs {wanted / 2**30:.0f} GiB of free memory, there are {free / 2**30:.0f}"
         )
     for layout in ("contiguous", "channels_last"):
-        pattern = cases.parse_pattern("clustered:2")
+        pattern = workloads.parse_pattern("clustered:2")
         case = Case(size, pattern, "bfloat16", layout, torch.get_num_threads())
-        inputs = cases.make_inputs(case, DEVICE)
+        inputs = workloads.make_inputs(case, DEVICE)
         loss = fcrn_loss(inputs.pred, inputs.target, reduction="sum", backend="fused")
         assert isinstance(loss, Tensor)
         loss.backward()
@@ -353,11 +353,11 @@ def launches() -> Iterator[Entry]:
     """Launches of ours, all launches and synchronisations a step, from torch.profiler."""
     steps = 10
     most = 0
-    for size in (cases.FCRN_SIZES[0], cases.DENSE_SIZES[1]):
+    for size in (workloads.FCRN_SIZES[0], workloads.DENSE_SIZES[1]):
         for dtype, scaled in (("float32", False), ("float32", True), ("float16", True)):
-            pattern = cases.parse_pattern("clustered:2")
+            pattern = workloads.parse_pattern("clustered:2")
             case = Case(size, pattern, dtype, "contiguous", torch.get_num_threads())
-            inputs = cases.make_inputs(case, DEVICE)
+            inputs = workloads.make_inputs(case, DEVICE)
             name = "ours-scaled" if scaled else "ours"
             function = loss_speed.loss_function(name, DEVICE, "fused")
             step = loss_speed.make_call(name, function, inputs, "step", case, None)
@@ -413,14 +413,16 @@ def count_events(events: Sequence[tuple[str, bool]], steps: int) -> dict[str, An
 def dram() -> Iterator[Entry]:
     """The workload whose DRAM traffic `ncu` reads: a marker kernel before each case."""
     for pattern, dtype, layout, pass_ in DRAM_CASES:
-        case = Case(DRAM_SIZE, cases.parse_pattern(pattern), dtype, layout, torch.get_num_threads())
-        inputs = cases.make_inputs(case, DEVICE)
+        case = Case(
+            DRAM_SIZE, workloads.parse_pattern(pattern), dtype, layout, torch.get_num_threads()
+        )
+        inputs = workloads.make_inputs(case, DEVICE)
         function = loss_speed.loss_function("ours", DEVICE, "fused")
         step = loss_speed.make_call("ours", function, inputs, pass_, case, None)
         torch.cuda._sleep(1000)
         step()
         torch.cuda.synchronize()
-        expected = cases.expected_bytes_per_cell(case, inputs.positive, pass_, "cuda")
+        expected = workloads.expected_bytes_per_cell(case, inputs.positive, pass_, "cuda")
         yield {"figure": "dram", "case": case.as_json(), "pass": pass_, "expected": expected}
         del inputs, step
         torch.cuda.empty_cache()
@@ -432,7 +434,7 @@ def speed_plans(backend: str = "fused") -> list[loss_speed.Plan]:
     every = loss_speed.default_cases(DEVICE, torch.get_num_threads())
     plain = [case for case in every if _is_plain(case)]
     others = [case for case in every if case not in plain]
-    small = [case for case in plain if case.size in cases.FCRN_SIZES]
+    small = [case for case in plain if case.size in workloads.FCRN_SIZES]
     large = [case for case in plain if case.cells >= 4 * 2**20]
     middle = [case for case in plain if case not in small + large]
     peers = ["ours", "mse_loss", "eager", "compile", "floor"]

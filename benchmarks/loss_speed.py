@@ -40,12 +40,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cases
 import provenance
 import timing
+import workloads
 from bars import Bar, Timings, judge, label
-from cases import Case, Inputs, Pattern
 from fcrn_fused import fcrn_loss, ops, reference
+from workloads import Case, Inputs, Pattern
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[str, int], object]
@@ -87,12 +87,12 @@ class Plan(NamedTuple):
 def default_cases(device: torch.device, threads: int) -> list[Case]:
     """All sizes with 2 % clustered positives in float32; other patterns, dtypes and layouts, one
     at a time, at a dense size."""
-    sizes = cases.FCRN_SIZES + cases.DENSE_SIZES
-    dense = cases.DENSE_SIZES[1]
+    sizes = workloads.FCRN_SIZES + workloads.DENSE_SIZES
+    dense = workloads.DENSE_SIZES[1]
     if device.type == "cuda":
-        sizes, dense = (*sizes, cases.HUGE_SIZE), cases.HUGE_SIZE
-    clustered = cases.parse_pattern("clustered:2")
-    others = [cases.parse_pattern(text) for text in ("scattered:2", "none", "all")]
+        sizes, dense = (*sizes, workloads.HUGE_SIZE), workloads.HUGE_SIZE
+    clustered = workloads.parse_pattern("clustered:2")
+    others = [workloads.parse_pattern(text) for text in ("scattered:2", "none", "all")]
     plain = Case(dense, clustered, "float32", "contiguous", threads)
     chosen = [plain._replace(size=size) for size in sizes]
     chosen += [plain._replace(pattern=pattern) for pattern in others]
@@ -132,7 +132,7 @@ def measure_case(
     """Time every contender on one case; see `measure`."""
     torch._dynamo.reset()
     torch.set_num_threads(case.threads)
-    inputs = cases.make_inputs(case, device)
+    inputs = workloads.make_inputs(case, device)
     rotated = _rotation(inputs, device)
     rows = []
     for pass_ in plan.passes:
@@ -228,7 +228,7 @@ def _contenders(plan: Plan, case: Case, pass_: str) -> list[str]:
 def loss_function(name: str, device: torch.device, backend: str = "auto") -> LossFunction | None:
     """The loss of a contender, of pred and target; None for the floor, which is none."""
     # a 0-dim tensor, as FCRNLoss keeps it: a number that changes would make torch.compile recompile
-    weight = torch.tensor(cases.NEGATIVE_WEIGHT, device=device)
+    weight = torch.tensor(workloads.NEGATIVE_WEIGHT, device=device)
 
     def ours(pred: Tensor, target: Tensor) -> Tensor:
         return fcrn_loss(pred, target, negative_weight=weight, backend=backend)
@@ -322,9 +322,9 @@ def _bytes_per_cell(
         read = 2 * maps if case.layout == "channels_last" else 2
         return float(read * element + gradient)
     if name in ("ours", "floor"):
-        return cases.expected_bytes_per_cell(case, inputs.positive, pass_, device.type)
+        return workloads.expected_bytes_per_cell(case, inputs.positive, pass_, device.type)
     if name == "ours-scaled":
-        return cases.expected_bytes_per_cell(case, inputs.positive, "scaled", device.type)
+        return workloads.expected_bytes_per_cell(case, inputs.positive, "scaled", device.type)
     # maps of C elements read and written: mse_loss keeps the squares, a perfect compiler does not
     passes_over_all = {
         "mse_loss": {"no_grad": 4, "forward": 4, "step": 8},
@@ -517,16 +517,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--device", default="cpu", help="cpu (default), cuda or cuda:1")
-    add("--sizes", nargs="+", type=_checked(cases.parse_size), metavar="BxCxHxW")
+    add("--sizes", nargs="+", type=_checked(workloads.parse_size), metavar="BxCxHxW")
     add(
         "--patterns",
         nargs="+",
-        type=_checked(cases.parse_pattern),
+        type=_checked(workloads.parse_pattern),
         metavar="PATTERN",
         help="none, all, clustered:PERCENT or scattered:PERCENT",
     )
-    add("--dtypes", nargs="+", choices=list(cases.DTYPES))
-    add("--layouts", nargs="+", choices=list(cases.LAYOUTS))
+    add("--dtypes", nargs="+", choices=list(workloads.DTYPES))
+    add("--layouts", nargs="+", choices=list(workloads.LAYOUTS))
     add("--threads", nargs="+", type=_checked(_positive_int), help="CPU threads (PyTorch's)")
     add("--contenders", nargs="+", choices=CONTENDERS, help="default: all that suit the device")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES))
@@ -604,20 +604,20 @@ def make_plan(options: argparse.Namespace) -> Plan:
     threads = options.threads or [torch.get_num_threads()]
     if options.study:
         sizes, patterns = STUDIES[options.study]
-        options.sizes = options.sizes or [cases.parse_size(size) for size in sizes.split()]
+        options.sizes = options.sizes or [workloads.parse_size(size) for size in sizes.split()]
         options.patterns = options.patterns or [
-            cases.parse_pattern(text) for text in patterns.split()
+            workloads.parse_pattern(text) for text in patterns.split()
         ]
         options.contenders = options.contenders or ["ours", "floor"]
     chosen = (options.sizes, options.patterns, options.dtypes, options.layouts, options.threads)
     if options.quick:
-        sizes = options.sizes or [cases.FCRN_SIZES[0], cases.DENSE_SIZES[0]]
+        sizes = options.sizes or [workloads.FCRN_SIZES[0], workloads.DENSE_SIZES[0]]
     else:
-        sizes = options.sizes or list(cases.FCRN_SIZES + cases.DENSE_SIZES)
+        sizes = options.sizes or list(workloads.FCRN_SIZES + workloads.DENSE_SIZES)
     if any(chosen) or options.quick:
-        patterns: list[Pattern] = options.patterns or [cases.parse_pattern("clustered:2")]
+        patterns: list[Pattern] = options.patterns or [workloads.parse_pattern("clustered:2")]
         dtypes, layouts = options.dtypes or ["float32"], options.layouts or ["contiguous"]
-        to_run = cases.product(sizes, patterns, dtypes, layouts, threads)
+        to_run = workloads.product(sizes, patterns, dtypes, layouts, threads)
     else:
         to_run = default_cases(options.device, threads[0])
     contenders = options.contenders or [

@@ -24,8 +24,8 @@ from typing import Any
 
 import provenance
 from bars import Timings, label
-from cases import Case
 from provenance import ROOT
+from workloads import Case
 
 Record = dict[str, Any]
 

@@ -30,13 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cases
 import provenance
 import timing
-from cases import Case, Inputs
+import workloads
 from fcrn_fused import fcrn_loss, ops
 from fcrn_fused.validation import check
 from loss_speed import align, format_seconds
+from workloads import Case, Inputs
 
 SIZES = {"small": (16, 7, 16, 16), "large": (64, 7, 256, 256)}
 OPERATORS = ("forward", "backward", "rescale_")  # functions of fcrn_fused.ops
@@ -56,9 +56,9 @@ def breakdown(
     case: Case, device: torch.device, rounds: int, round_seconds: float
 ) -> dict[str, float]:
     """Median seconds of the whole step, of its parts and of what is left over."""
-    inputs = cases.make_inputs(case, device)
-    one_cell = cases.make_inputs(case._replace(size=(1, case.size[1], 1, 1)), device)
-    weight = torch.tensor(cases.NEGATIVE_WEIGHT, device=device)
+    inputs = workloads.make_inputs(case, device)
+    one_cell = workloads.make_inputs(case._replace(size=(1, case.size[1], 1, 1)), device)
+    weight = torch.tensor(workloads.NEGATIVE_WEIGHT, device=device)
     step = make_step(inputs, weight)
     written = torch.empty_like(inputs.pred.detach()).zero_()
 
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{provenance.device_name(run['device'])}, PyTorch {torch.__version__}")
     rows = []
     for name, size in SIZES.items():
-        pattern = cases.parse_pattern("clustered:2")
+        pattern = workloads.parse_pattern("clustered:2")
         case = Case(size, pattern, "float32", "contiguous", torch.get_num_threads())
         parts = breakdown(case, device, options.rounds, options.round_seconds)
         print("\n" + format_breakdown(name, case, parts))

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cases
 import provenance
 import timing
-from cases import Case
+import workloads
 from examples.text_detection.model import FCRN
 from fcrn_fused import ops
 from loss_speed import LossFunction, align, format_seconds, loss_function, serving_backend
+from workloads import Case
 
 LOSSES = ("mse_loss", "eager", "compile", "ours")
 NOTICEABLE = 0.01  # of a step
@@ -104,12 +104,12 @@ def measure(
     pictures = torch.rand(setting.batch, 3, setting.side, setting.side, device=device) * 255
     case = Case(
         (setting.batch, 7, setting.grid, setting.grid),
-        cases.parse_pattern("clustered:2"),
+        workloads.parse_pattern("clustered:2"),
         "float32",
         "contiguous",
         torch.get_num_threads(),
     )
-    target = cases.make_inputs(case, device).target
+    target = workloads.make_inputs(case, device).target
     prediction = network(pictures).detach().requires_grad_()
 
     def step_with(loss: LossFunction) -> timing.Call:

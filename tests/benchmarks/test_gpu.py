@@ -8,15 +8,15 @@ import json
 import subprocess
 import sys
 
-import cases
 import gpu
 import gpu_checks
 import provenance
 import pytest
 import report
 import torch
-from cases import Case
+import workloads
 from gpu import Outcome, Result, Step
+from workloads import Case
 
 from fcrn_fused import ops
 
@@ -239,7 +239,7 @@ def ncu_csv(rows):
 
 
 def dram_case():
-    return Case((1, 7, 10, 10), cases.parse_pattern("none"), "float32", "contiguous", 2)
+    return Case((1, 7, 10, 10), workloads.parse_pattern("none"), "float32", "contiguous", 2)
 
 
 def dram_entries(count):
@@ -304,7 +304,7 @@ def made_up_entries():
     machine = {"figure": "machine", "date": "1970-01-01 00:00 UTC", "git_commit": "0000000"}
     machine |= {"device": device, "versions": {"torch": "0.0", "cuda": "0.0"}}
     huge = Case(
-        cases.HUGE_SIZE, cases.parse_pattern("clustered:2"), "float32", "contiguous", 2
+        workloads.HUGE_SIZE, workloads.parse_pattern("clustered:2"), "float32", "contiguous", 2
     ).as_json()
     speed = [
         {"figure": "speed", "case": huge, "contender": name, "pass": "step", "clock": "device"}
@@ -432,7 +432,7 @@ def test_an_exception_in_a_check_is_a_failure():
 def test_the_timings_cover_the_cases_of_the_gpu():
     plans = gpu_checks.speed_plans()
     sizes = {case.size for plan in plans for case in plan.cases}
-    assert sizes == {*cases.FCRN_SIZES, *cases.DENSE_SIZES, cases.HUGE_SIZE}
+    assert sizes == {*workloads.FCRN_SIZES, *workloads.DENSE_SIZES, workloads.HUGE_SIZE}
     timed = {
         (case, name, pass_)
         for plan in plans
@@ -446,7 +446,7 @@ def test_the_timings_cover_the_cases_of_the_gpu():
     for case in every:
         assert {(case, name, "step") for name in ("ours", "mse_loss", "compile", "floor")} <= timed
     huge = plans[0].cases[-1]
-    assert huge.size == cases.HUGE_SIZE
+    assert huge.size == workloads.HUGE_SIZE
     for name in ("eager", "compile-max-autotune"):
         assert (huge, name, "step") in timed
     assert (huge, "ours", "no_grad") in timed

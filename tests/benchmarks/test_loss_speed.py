@@ -5,11 +5,11 @@ import json
 import socket
 
 import bars
-import cases
 import loss_speed
 import pytest
 import torch
-from cases import Case
+import workloads
+from workloads import Case
 
 from fcrn_fused import ops
 
@@ -58,14 +58,14 @@ def test_the_fused_backend_is_refused_where_there_is_none(monkeypatch, capsys):
 
 def test_the_default_is_every_size_and_one_factor_at_a_time():
     plan = loss_speed.make_plan(loss_speed.parse_arguments(["--threads", "2"]))
-    assert {case.size for case in plan.cases} == set(cases.FCRN_SIZES + cases.DENSE_SIZES)
+    assert {case.size for case in plan.cases} == set(workloads.FCRN_SIZES + workloads.DENSE_SIZES)
     chosen = loss_speed.default_cases(torch.device("cpu"), 2)
     plain = chosen[3]
     assert all(sum(a != b for a, b in zip(plain, case, strict=True)) <= 1 for case in chosen)
     assert {str(case.pattern) for case in chosen} == {"clustered:2", "scattered:2", "none", "all"}
     assert {case.dtype for case in chosen} == {"float32", "bfloat16", "float16"}
     assert {case.layout for case in chosen} == {"contiguous", "channels_last"}
-    assert cases.HUGE_SIZE in {
+    assert workloads.HUGE_SIZE in {
         case.size for case in loss_speed.default_cases(torch.device("cuda"), 2)
     }
 
@@ -168,7 +168,7 @@ def test_a_contender_that_fails_is_recorded_and_the_others_are_timed(monkeypatch
         "loss_function",
         lambda name, device, backend="auto": broken if name == "eager" else real(name, device),
     )
-    case = Case((1, 7, 4, 4), cases.parse_pattern("all"), "float32", "contiguous", 1)
+    case = Case((1, 7, 4, 4), workloads.parse_pattern("all"), "float32", "contiguous", 1)
     plan = loss_speed.Plan([case], ["mse_loss", "eager"], ["step"], 1, 1e-3, "auto")
     rows = loss_speed.measure(plan, torch.device("cpu"))
     failed = [row for row in rows if row["median_s"] is None]
@@ -200,11 +200,11 @@ def row(case, contender, seconds, pass_="step", clock="wall", **more):
 
 
 def plain(size, threads=2):
-    return Case(size, cases.parse_pattern("clustered:2"), "float32", "contiguous", threads)
+    return Case(size, workloads.parse_pattern("clustered:2"), "float32", "contiguous", threads)
 
 
 def test_bars_of_the_cpu_are_met_or_missed():
-    small, dense = plain(cases.FCRN_SIZES[0]), plain(cases.DENSE_SIZES[2])
+    small, dense = plain(workloads.FCRN_SIZES[0]), plain(workloads.DENSE_SIZES[2])
     rows = [row(small, "ours", 1.0), row(small, "eager", 6.0), row(small, "compile", 2.0)]
     rows += [row(dense, "ours", 1.0), row(dense, "mse_loss", 2.4), row(dense, "floor", 0.6)]
     rows += [row(plain(dense.size, 1), "ours", 1.8)]
@@ -220,7 +220,7 @@ def test_bars_of_the_cpu_are_met_or_missed():
 
 
 def test_bars_of_the_gpu_are_those_of_device_time():
-    huge = plain(cases.HUGE_SIZE)
+    huge = plain(workloads.HUGE_SIZE)
     rows = [row(huge, "ours", 1.0, clock="device"), row(huge, "compile", 3.4, clock="device")]
     rows += [row(huge, "mse_loss", 5.5, clock="device"), row(huge, "floor", 0.95, clock="device")]
     judged = {bar.promise: bar.met for bar in bars.judge(rows, "cuda")}
@@ -233,6 +233,6 @@ def test_bars_of_the_gpu_are_those_of_device_time():
 
 
 def test_the_floor_is_scaled_to_the_bytes_of_the_pattern():
-    case = plain(cases.DENSE_SIZES[2])
+    case = plain(workloads.DENSE_SIZES[2])
     rows = [row(case, "ours", 2.0, bytes_per_cell=72.0), row(case, "floor", 1.0)]
     assert bars.Timings(rows).floor_share(case) == 1.0

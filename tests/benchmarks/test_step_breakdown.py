@@ -1,10 +1,10 @@
 """benchmarks/step_breakdown.py: the parts that it takes a step into."""
 
-import cases
 import pytest
 import step_breakdown
 import torch
-from cases import Case
+import workloads
+from workloads import Case
 
 from fcrn_fused import ops
 
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(ops.why_not("cpu") is not None, reason=str(ops.w
 
 @pytest.fixture
 def inputs():
-    case = Case((2, 7, 16, 16), cases.parse_pattern("clustered:2"), "float32", "contiguous", 1)
-    return cases.make_inputs(case, torch.device("cpu"))
+    case = Case((2, 7, 16, 16), workloads.parse_pattern("clustered:2"), "float32", "contiguous", 1)
+    return workloads.make_inputs(case, torch.device("cpu"))
 
 
 def test_a_step_of_nothing_leaves_the_gradient_that_was_there(inputs):
@@ -47,7 +47,7 @@ def test_a_step_without_operators_is_refused():
 
 
 def test_the_parts_add_up_to_the_step():
-    case = Case((1, 7, 8, 8), cases.parse_pattern("none"), "float32", "contiguous", 1)
+    case = Case((1, 7, 8, 8), workloads.parse_pattern("none"), "float32", "contiguous", 1)
     parts = step_breakdown.breakdown(case, torch.device("cpu"), rounds=1, round_seconds=1e-3)
     total = sum(parts[name] for name in (*step_breakdown.PARTS, "left over"))
     assert total == pytest.approx(parts["step"])

@@ -1,21 +1,21 @@
 """The inputs of the benchmarks, and the bytes that each must move."""
 
-import cases
 import numpy as np
 import pytest
 import torch
-from cases import Case
+import workloads
+from workloads import Case
 
 
 def case(pattern="clustered:2", dtype="float32", layout="contiguous", size=(2, 7, 64, 64)):
-    return Case(size, cases.parse_pattern(pattern), dtype, layout, 1)
+    return Case(size, workloads.parse_pattern(pattern), dtype, layout, 1)
 
 
 def bytes_per_cell(pass_="step", device_type="cuda", pattern="none", **kind):
     its = case(pattern, **kind)
     batch, _, height, width = its.size
-    positive = cases.positive_cells(its.pattern, batch, height, width)
-    return cases.expected_bytes_per_cell(its, positive.reshape(batch, -1), pass_, device_type)
+    positive = workloads.positive_cells(its.pattern, batch, height, width)
+    return workloads.expected_bytes_per_cell(its, positive.reshape(batch, -1), pass_, device_type)
 
 
 def test_bytes_without_positives_are_the_floor():
@@ -69,20 +69,22 @@ def test_a_cache_line_of_the_cpu_holds_twice_as_many_cells():
 def test_touched_share_counts_a_sector_that_is_cut_off():
     positive = np.zeros((1, 10), dtype=bool)
     positive[0, 9] = True
-    assert cases.touched_share(positive, 8) == 0.5
+    assert workloads.touched_share(positive, 8) == 0.5
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("kind", workloads.KINDS)
 @pytest.mark.parametrize("percent", [0.5, 2, 50])
 def test_the_share_is_met_in_every_image(kind, percent):
-    positive = cases.positive_cells(cases.Pattern(kind, percent), 3, 40, 56)
+    positive = workloads.positive_cells(workloads.Pattern(kind, percent), 3, 40, 56)
     wanted = np.ceil(40 * 56 * percent / 100)
     counts = positive.reshape(3, -1).sum(1)
     assert (counts == wanted).all()
 
 
 def test_inputs_have_the_dtype_the_layout_and_the_confidences():
-    inputs = cases.make_inputs(case(dtype="bfloat16", layout="channels_last"), torch.device("cpu"))
+    inputs = workloads.make_inputs(
+        case(dtype="bfloat16", layout="channels_last"), torch.device("cpu")
+    )
     assert inputs.pred.requires_grad
     assert inputs.pred.is_leaf
     assert inputs.pred.is_contiguous(memory_format=torch.channels_last)
@@ -94,7 +96,7 @@ def test_inputs_have_the_dtype_the_layout_and_the_confidences():
 @pytest.mark.parametrize("text", ["64x7x128", "64x7x0x16", "axbxcxd", "64x7x-1x3", ""])
 def test_a_bad_size_is_named(text):
     with pytest.raises(ValueError, match="a size is BxCxHxW"):
-        cases.parse_size(text)
+        workloads.parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_a_bad_size_is_named(text):
 )
 def test_a_bad_pattern_is_named(text):
     with pytest.raises(ValueError, match="a pattern is none, all"):
-        cases.parse_pattern(text)
+        workloads.parse_pattern(text)
 
 
 @pytest.mark.parametrize("pattern", ["none", "all", "clustered:2", "scattered:12.5"])
