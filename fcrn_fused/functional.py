@@ -74,14 +74,12 @@ def fcrn_loss(
         try:
             if _has_kernels(pred):
                 return _fused(pred, target, rule, return_stats)
-        except Exception:  # the operator refused what does not fit; below it is said in words
-            pass
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            pass  # the operator refused what does not fit; below it is said in words
     rule = check(pred, target, *rule)
     if check_backend(backend) != "reference" and _fused_serves(pred, target, backend):
-        if torch.compiler.is_compiling() and isinstance(rule.negative_weight, float):
-            # as a tensor: one that is annealed as a number would be compiled in, each value anew
-            one = torch.ones((), dtype=torch.float64, device=pred.device)
-            rule = rule._replace(negative_weight=one * rule.negative_weight)
         return _fused(pred, target, rule, return_stats)
     return reference.fcrn_loss(
         pred,

@@ -101,7 +101,11 @@ def _op_arguments(
     ignore_value: float | None,
     reduction: str,
 ) -> tuple[Any, ...]:
-    """A `Rule` as the operators take it: tensors and numbers apart, the reduction by its place."""
+    """A `Rule` as the operators take it: tensors and numbers apart, the reduction by its place.
+
+    The operators check values; that a number is one is checked here, since they would take a
+    tensor of one element for it.
+    """
     negative_tensor = coord_tensor = None
     if isinstance(negative_weight, Tensor):
         negative_tensor, negative_weight = _constant(negative_weight), 0.0
@@ -109,8 +113,13 @@ def _op_arguments(
         coord_tensor, coord_weight = _constant(coord_weight), ()
     elif isinstance(coord_weight, (float, int)):
         coord_weight = (coord_weight,)
-    elif len(coord_weight) == 1 and pred.shape[1] != 2:  # the operator takes one number for all
+    elif len(coord_weight) == 1 and pred.shape[1] != 2:  # the operators take one number for all
         raise ValueError("coord_weight must be one number or one for each pose map, got 1 of them")
+    for number in (negative_weight, positive_weight, *coord_weight):
+        if not isinstance(number, (float, int)):
+            raise TypeError(f"a weight must be a number, got {type(number).__name__}")
+    if not (ignore_value is None or isinstance(ignore_value, (float, int))):
+        raise TypeError(f"ignore_value must be a number, got {type(ignore_value).__name__}")
     return (
         negative_tensor,
         coord_tensor,

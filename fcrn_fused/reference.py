@@ -12,6 +12,9 @@ from .stats import FCRNLossStats
 from .validation import Rule, check
 
 
+_SUMMED_BY_ONE_THREAD = 32_768
+
+
 def fcrn_loss(
     pred: Tensor,
     target: Tensor,
@@ -111,9 +114,18 @@ def accumulation_dtype(pred: torch.dtype, target: torch.dtype) -> torch.dtype:
 
 
 def _sum(errors: Tensor) -> Tensor:
-    """The sum of (B, C, *S), map by map first: PyTorch splits a sum to one number among threads."""
+    """The sum of (B, C, *S), the same whatever the number of threads.
+
+    PyTorch splits a sum to one number among its threads from 32,768 elements on; a sum to several
+    numbers gives each of them to one thread.
+    """
     spatial = tuple(range(2, errors.dim()))
-    return errors.sum(spatial).sum() if spatial else errors.sum()
+    if spatial and errors.shape[0] * errors.shape[1] > 1:
+        errors = errors.sum(spatial)
+    if errors.numel() <= _SUMMED_BY_ONE_THREAD:
+        return errors.sum()
+    pieces = errors.flatten().split(_SUMMED_BY_ONE_THREAD)
+    return torch.stack([piece.sum() for piece in pieces]).sum()
 
 
 def _divisor(cells: WeighedCells, reduction: str) -> int | Tensor:
@@ -138,7 +150,7 @@ def _positive_weights(
     else:
         coord = torch.empty(0, dtype=dtype, device=device)
         weights = rule.coord_weight
-        numbers = (weights,) * (num_maps - 1) if isinstance(weights, (float, int)) else weights
+        numbers = (weights,) * (num_maps - 1) if isinstance(weights, float) else weights
         numbers = (*numbers, rule.positive_weight)
     # filled on the device: a copy from the host would synchronise
     filled = [torch.full((1,), number, dtype=dtype, device=device) for number in numbers]

@@ -67,6 +67,10 @@ def check(
         _check_weight_tensor("negative_weight", negative_weight, device, num_maps=None)
     else:
         negative_weight = check_weight("negative_weight", negative_weight)
+        if torch.compiler.is_compiling():
+            # as a tensor: a number that is annealed would be compiled in, each value anew
+            one = torch.ones((), dtype=torch.float64, device=device)
+            negative_weight = one * negative_weight
     if isinstance(coord_weight, Tensor):
         _check_weight_tensor("coord_weight", coord_weight, device, shape[1] - 1)
     else:
