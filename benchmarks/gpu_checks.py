@@ -31,6 +31,7 @@ DEVICE = torch.device("cuda")
 OUR_KERNELS = "fcrn::"  # the namespace all of them are in
 MARKER_KERNEL = "spin_kernel"  # of torch.cuda._sleep, launched between two cases
 
+OVER_2_31 = (64, 7, 2200, 2200)
 # 1.9 GB a tensor in float32: what a cache holds back of it does not count
 DRAM_SIZE = workloads.HUGE_SIZE
 DRAM_CASES = (
@@ -285,8 +286,8 @@ def several_gpus() -> Iterator[Entry]:
 
 
 def huge() -> Iterator[Entry]:
-    """More than 2^31 elements: the gradient of every image is that of the image alone."""
-    size = (64, 7, 2200, 2200)
+    """More than 2^31 elements, held against the definition image by image."""
+    size = OVER_2_31
     elements = math.prod(size)
     wanted = 5 * 2 * elements
     free, _ = torch.cuda.mem_get_info()
@@ -375,6 +376,8 @@ def launches() -> Iterator[Entry]:
             counts = {"size": list(size), "dtype": dtype, "grad_output": scaled} | counts
             yield {"figure": "launches", **counts}
             most = max(most, counts["our_launches"])
+            if counts["our_launches"] == 0:
+                raise CheckFailedError("the profiler saw no launch of ours")
             # leaving the profiler waits for the device once
             if counts["synchronisations"] > 1 / steps:
                 raise CheckFailedError(f"a step synchronises: {counts}")

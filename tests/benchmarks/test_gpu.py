@@ -95,6 +95,19 @@ def test_the_clocks_are_left_alone():
     assert dram.command[1:3] == ("--clock-control", "none")
 
 
+@without_gpu
+def test_a_whole_run_whose_steps_all_fail_still_writes_its_record(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # here, not in the processes
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--only", "machine", "launches", "--output", str(path)]) == 1
+    record = provenance.read_json(path, "gpu")
+    assert [step["status"] for step in record["steps"]] == ["failed", "failed"]
+    assert all("finds no CUDA device" in step["detail"] for step in record["steps"])
+    assert record["device"] is None
+    assert record["rows"] == record["bars"] == record["dram"] == []
+    assert capfd.readouterr().out.strip().endswith("2 of 2 steps failed")
+
+
 # ---- running ------------------------------------------------------------------------------------
 
 
@@ -395,6 +408,17 @@ def on_cpu(monkeypatch):
 def test_a_check_passes_on_kernels_that_are_right(name):
     *_, last = gpu_checks.run_check(gpu_checks.CHECKS[name])
     assert last["status"] == "passed", last["detail"]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_images_of_a_batch_are_checked_one_by_one(monkeypatch):
+    monkeypatch.setattr(gpu_checks, "OVER_2_31", (3, 7, 24, 24))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
+    *_, last = gpu_checks.run_check(gpu_checks.CHECKS["huge"])
+    assert last["status"] == "passed", last["detail"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 1000))
+    *_, last = gpu_checks.run_check(gpu_checks.CHECKS["huge"])
+    assert last["status"] == "skipped"
 
 
 def test_a_check_that_cannot_be_run_is_skipped_with_its_reason(monkeypatch):
