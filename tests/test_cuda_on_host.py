@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_on_host import build
-from cuda_on_host.cases import CASES, Case, check, check_large
+from cuda_on_host.cases import CASES, Batch, Case, check, check_large
 from cuda_on_host.faults import FAULTS, Fault
 from cuda_on_host.passes import SCHEDULES, Schedule
 
@@ -105,6 +106,7 @@ RACES = {
     "sum_no_fence_before_ticket": "partials",
     "sum_no_fence_after_ticket": "partials",
     "sum_ticket_not_atomic": "ticket",
+    "sum_ticket_reset_by_hand": "an atomic",
     "neighbour_not_synchronised": "shared memory",
 }
 
@@ -161,8 +163,30 @@ def test_kernels_agree_with_the_reference_in_every_order(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_touch_no_byte_that_they_must_not(case: Case) -> None:
-    """Under AddressSanitizer and UndefinedBehaviorSanitizer, with the masked elements poisoned."""
-    check(case, "sanitized", SCHEDULES[2:])
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, with the masked elements poisoned.
+
+    And with offsets of 64 bits, so that the kernels for them see every case too.
+    """
+    check(case, "sanitized", SCHEDULES[2:], wide_index=True)
+
+
+def test_every_kernel_is_run() -> None:
+    """One case for each kernel, with offsets of 32 bits and of 64, by forward and backward."""
+    one_case = {
+        (Batch(case).kernel(Batch(case).forward()), case.pred_dtype, case.target_dtype): case
+        for case in CASES
+        if math.prod(case.shape) < 10_000
+    }
+    ran = set()
+    for case in one_case.values():
+        ran |= check(case, "plain", SCHEDULES[:1])
+        ran |= check(case, "plain", SCHEDULES[:1], wide_index=True)
+    compiled = subprocess.run(
+        ["nm", "--demangle", build.program("run_pass", "plain")], capture_output=True, text=True
+    ).stdout
+    kernels = set(re.findall(r"void fcrn::cuda::\w+_kernel<.*?>(?=\()", compiled))
+    assert ran <= kernels
+    assert not kernels - ran, "no case runs these kernels"
 
 
 # What the clocks find does not depend on the values, nor on the order of the threads.

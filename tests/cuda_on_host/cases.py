@@ -25,7 +25,6 @@ from tolerances import assert_gradient, loss_dtype
 from torch import Tensor
 
 from fcrn_fused import reference
-from fcrn_fused.validation import Rule
 
 # The pairs that have vector kernels; the others go element by element.
 VECTOR_PAIRS = {
@@ -285,23 +284,12 @@ class Batch:
             "ignore_value": IGNORE_VALUE if case.ignored else None,
             "reduction": case.reduction,
         }
+        pred.requires_grad_()
         loss, stats = reference.fcrn_loss(pred, target, return_stats=True, **settings)
-        coord_weight = self.coord_weight
-        if isinstance(coord_weight, (float, int)):
-            coord_weight = (coord_weight,)
-        rule = Rule(
-            settings["negative_weight"],
-            1.5,
-            coord_weight if isinstance(coord_weight, Tensor) else tuple(coord_weight),
-            settings["ignore_value"],
-            case.reduction,
-        )
-        scale = torch.as_tensor(grad_output, dtype=torch.float64)
-        if case.reduction in PER_CELL:
-            scale = scale.expand(loss.shape)
-        grad = reference.gradient(scale, pred, target, rule)
+        scale = torch.as_tensor(grad_output, dtype=torch.float64).expand(loss.shape)
+        (grad,) = torch.autograd.grad(loss, pred, scale)
         return {
-            "errors" if case.reduction in PER_CELL else "loss": loss,
+            "errors" if case.reduction in PER_CELL else "loss": loss.detach(),
             **stats._asdict(),
             "grad": grad,
         }
@@ -360,17 +348,26 @@ def assert_results(
 
 
 def check(
-    case: Case, how: str = "plain", schedules: Sequence[Schedule] = SCHEDULES, **options: Any
-) -> None:
+    case: Case,
+    how: str = "plain",
+    schedules: Sequence[Schedule] = SCHEDULES,
+    *,
+    wide_index: bool = False,
+    **options: Any,
+) -> set[str]:
     """Run the passes of a training step over a case, by every schedule, and check what they write.
 
     Forward with the gradient for 1; backward afresh, with respect to pred and to target; and the
-    forward's gradient rescaled in place. Raises AssertionError (RunError for a reported fault).
+    forward's gradient rescaled in place. Raises AssertionError (RunError for a reported fault);
+    returns the names of the kernels that ran.
     """
     batch = Batch(case)
+    kernels: set[str] = set()
 
     def outcome(result: Pass) -> dict[str, Tensor]:
+        result.wide_index = wide_index
         done = run(result, how, schedules, **options)
+        kernels.update(name.partition("(")[0] for name in done.kernels)
         kernel = f"{batch.kernel(result)}_kernel"
         assert all(kernel in name for name in done.kernels), (kernel, done.kernels)
         for other in done.results[1:]:
@@ -393,7 +390,7 @@ def check(
     assert_results(case, outcome(wrt_target), {"grad": -wanted}, wrt_target)
 
     if case.reduction in PER_CELL:
-        return
+        return kernels
     rescaled = forward_results["grad"].as_strided(case.shape, forward.views["grad"][0])
     rescale = batch.backward(rescaled=rescaled)
     assert same_bits(outcome(rescale)["grad"], backward_results["grad"]), (
@@ -404,6 +401,7 @@ def check(
         for name in ("pred", "target"):
             one.forbid(name, torch.ones(one.buffers[name].elements, dtype=torch.bool))
         assert same_bits(outcome(one)["grad"], forward_results["grad"]), "rescaled by 1"
+    return kernels
 
 
 def check_large(

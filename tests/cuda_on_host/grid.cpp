@@ -327,7 +327,7 @@ Word apply_atomic(AtomicOperation operation, Word* address, Word operand, const 
     fault(site, "an atomic on the misaligned address %p", static_cast<void*>(address));
   }
   interleave();
-  race_check::atomic(index_in_grid(current(site)), address);
+  race_check::atomic(index_in_grid(current(site)), address, sizeof(Word));
   const Word old = *address;
   switch (operation) {
     case AtomicOperation::kIncrement:

@@ -182,6 +182,8 @@ void parse_line(Description& description, const std::string& line) {
     words >> pass.grad_is_for_one;
   } else if (keyword == "machine") {
     words >> description.multiprocessors;
+  } else if (keyword == "wide_index") {
+    words >> description.wide_index;
   } else if (keyword == "negative_weight") {
     pass.negative_weight = {nullptr, fcrn::DType::float64, parse_double(words)};
   } else if (keyword == "buffer") {

@@ -55,6 +55,7 @@ struct Description {
   std::vector<Forbidden> never_read;
   std::vector<cuda_on_host::Schedule> schedules;
   int multiprocessors = 1;
+  bool wide_index = false;
 
   Buffer& buffer(const std::string& name);
 };

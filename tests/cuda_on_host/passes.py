@@ -124,6 +124,7 @@ class Pass:
     wants_sums: bool = False
     grad_is_for_one: bool = False
     multiprocessors: int = 2
+    wide_index: bool = False  # 64 bits, though 32 would do
     buffers: dict[str, _Buffer] = field(default_factory=dict)
     views: dict[str, tuple[tuple[int, ...], bool]] = field(default_factory=dict)
     never_read: list[tuple[str, int, int]] = field(default_factory=list)
@@ -212,6 +213,7 @@ class Pass:
             ["sums", int(self.wants_sums)],
             ["grad_is_for_one", int(self.grad_is_for_one)],
             ["machine", self.multiprocessors],
+            ["wide_index", int(self.wide_index)],
             ["coord_weights", *(float(weight).hex() for weight in weights)],
         ]
         if not isinstance(self.negative_weight, Tensor):

@@ -35,14 +35,14 @@ struct ThreadClocks {
 
 struct Access {
   std::uint32_t thread = 0;
-  std::uint32_t time = 0;  // 0: none. A thread's time begins at 1.
-  const void* where = nullptr;
+  std::uint32_t time = 0;       // 0: none. A thread's time begins at 1.
+  const void* where = nullptr;  // a code address; nullptr: an atomic
 };
 
-// One byte of memory: the last store, and each thread's last load since.
+// One byte of memory: the last store, and the loads and atomics since.
 struct Byte {
   Access store;
-  std::vector<Access> loads;
+  std::vector<Access> loads, atomics;
   bool forbidden = false;
 };
 
@@ -72,6 +72,7 @@ std::string thread_name(std::uint32_t thread) {
 // The source line of a code address. The program is linked to a fixed address, so binutils can
 // tell.
 std::string source_line(const void* code) {
+  if (code == nullptr) return "an atomic";
   char command[128];
   // The address is a return address: the call is before it.
   std::snprintf(command, sizeof(command), "addr2line -s -i -e /proc/%d/exe %#zx 2>/dev/null",
@@ -118,12 +119,13 @@ Range* find(std::uintptr_t address) {
   return &after->second;
 }
 
+// `where` is nullptr for an atomic; two of those do not race.
 void check(std::uintptr_t address, std::size_t size, bool is_store, const void* where) {
   Range* range = find(address);
   if (range == nullptr) return;
   const Clock& knows = threads[current_thread].knows;
   const auto unordered = [&](const Access& access) {
-    return access.time > 0 && access.thread != current_thread && access.time > knows[access.thread];
+    return access.time > knows[access.thread] && access.thread != current_thread;
   };
   const Access access{current_thread, knows[current_thread], where};
   const char* name = is_store ? "stores" : "loads";
@@ -132,13 +134,21 @@ void check(std::uintptr_t address, std::size_t size, bool is_store, const void* 
     if (offset >= range->bytes.size()) return;
     Byte& byte = range->bytes[offset];
     if (byte.forbidden && !is_store) report_forbidden(*range, address, where);
-    if (unordered(byte.store)) report(*range, address, name, where, "stores", byte.store);
-    if (is_store) {
-      for (const Access& load : byte.loads) {
-        if (unordered(load)) report(*range, address, name, where, "loads", load);
+    const auto conflict = [&](const std::vector<Access>& earlier, const char* earlier_name) {
+      for (const Access& other : earlier) {
+        if (unordered(other)) report(*range, address, name, where, earlier_name, other);
       }
+    };
+    const bool is_atomic = where == nullptr;
+    if (unordered(byte.store)) report(*range, address, name, where, "stores", byte.store);
+    if (is_store) conflict(byte.loads, "loads");
+    if (!is_atomic) conflict(byte.atomics, "stores");
+    if (is_atomic) {
+      byte.atomics.push_back(access);
+    } else if (is_store) {
       byte.store = access;
       byte.loads.clear();
+      byte.atomics.clear();
     } else if (byte.loads.empty() || byte.loads.back().thread != current_thread) {
       byte.loads.push_back(access);
     } else {
@@ -184,7 +194,7 @@ void begin_launch(unsigned thread_count, unsigned threads_of_a_block, unsigned s
   atomics.clear();
   // A kernel begins after the one before it has ended: nothing of that races.
   for (auto& [end, range] : global_memory) {
-    for (Byte& byte : range.bytes) byte.store = {}, byte.loads.clear();
+    for (Byte& byte : range.bytes) byte.store = {}, byte.loads.clear(), byte.atomics.clear();
   }
   shared_memory.assign(slots, {"shared memory", reinterpret_cast<std::uintptr_t>(shared),
                                std::vector<Byte>(shared_size)});
@@ -220,7 +230,8 @@ void fence(unsigned thread) {
   ++clocks.knows[thread];
 }
 
-void atomic(unsigned thread, const void* address) {
+void atomic(unsigned thread, const void* address, std::size_t size) {
+  check(reinterpret_cast<std::uintptr_t>(address), size, true, nullptr);
   Clock& published = atomics[address];
   join_into(threads[thread].read_by_atomics, published);
   join_into(published, threads[thread].at_last_fence);

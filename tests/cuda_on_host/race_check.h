@@ -36,7 +36,7 @@ void run_scheduler();
 void end_launch();
 void join(const std::vector<unsigned>& threads);
 void fence(unsigned thread);
-void atomic(unsigned thread, const void* address);
+void atomic(unsigned thread, const void* address, std::size_t size);
 #else
 inline void watch_global(const void*, std::size_t, const std::string&) {}
 inline void forget_global(const void*) {}
@@ -48,7 +48,7 @@ inline void run_scheduler() {}
 inline void end_launch() {}
 inline void join(const std::vector<unsigned>&) {}
 inline void fence(unsigned) {}
-inline void atomic(unsigned, const void*) {}
+inline void atomic(unsigned, const void*, std::size_t) {}
 #endif
 
 }  // namespace cuda_on_host::race_check

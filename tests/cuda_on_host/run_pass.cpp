@@ -10,6 +10,7 @@
 //   negative_weight NUMBER
 //   coord_weights NUMBER...
 //   machine MULTIPROCESSORS
+//   wide_index YES                                offsets of 64 bits, though 32 would do
 //   buffer NAME DTYPE ELEMENTS MISALIGNED_BY READ WRITTEN
 //   piece NAME BEGIN SIZE                         bytes of a buffer that are given in the data
 //   view NAME IMAGE_STRIDE MAP_STRIDE CELL_STRIDE...
@@ -46,20 +47,29 @@ std::string name_of(const void* kernel) {
 
 void run(const Description& description, const cuda_on_host::Schedule& schedule, unsigned* ticket) {
   const fcrn::LossPass& pass = description.pass;
-  fcrn::cuda::run_pass(pass, description.multiprocessors, [&](auto kernel, unsigned blocks) {
+  const bool forward = pass.wants_sums || pass.errors;
+  const auto launch = [&](auto kernel, unsigned blocks) {
     std::cout << name_of(reinterpret_cast<const void*>(kernel)) << " in " << blocks << " blocks\n";
     // Exactly as much as the launch is given on a GPU, and filled with what it may hold there.
     const std::size_t bytes = blocks * sizeof(fcrn::cuda::Sums);
     auto* block_sums = static_cast<fcrn::cuda::Sums*>(std::malloc(bytes));
     std::memset(static_cast<void*>(block_sums), kPoison, bytes);
     fcrn::cuda::Workspace workspace;
-    if (pass.wants_sums || pass.errors) workspace = {block_sums, ticket};
+    if (forward) workspace = {block_sums, ticket};
     cuda_on_host::race_check::watch_global(block_sums, bytes, "block_sums");
     cuda_on_host::launch({blocks, 1, 1}, {fcrn::cuda::kThreads, 1, 1}, schedule,
                          [&] { kernel(pass, workspace); });
     cuda_on_host::race_check::forget_global(block_sums);
     std::free(block_sums);
-  });
+  };
+  const int multiprocessors = description.multiprocessors;
+  if (!description.wide_index) {
+    fcrn::cuda::run_pass(pass, multiprocessors, launch);
+  } else if (forward) {
+    fcrn::cuda::run_indexed<std::int64_t, true>(pass, multiprocessors, launch);
+  } else {
+    fcrn::cuda::run_indexed<std::int64_t, false>(pass, multiprocessors, launch);
+  }
   if (*ticket != 0) refuse("the ticket was left at " + std::to_string(*ticket));
 }
 

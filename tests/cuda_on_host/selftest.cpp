@@ -34,6 +34,7 @@ enum class Mistake {
   kNoFenceAfterTicket,
   kTicketNotAtomic,
   kTicketLost,
+  kTicketResetByHand,
 };
 
 // The sum of a grid in one launch, in fixed order, as the loss kernel takes it.
@@ -58,6 +59,9 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(SumParameters parameters)
       is_last = old == gridDim.x - 1;
     } else if constexpr (kMistake == Mistake::kTicketLost) {
       is_last = blockIdx.x != 3 && atomicInc(parameters.ticket, gridDim.x - 1) == gridDim.x - 1;
+    } else if constexpr (kMistake == Mistake::kTicketResetByHand) {
+      is_last = atomicAdd(parameters.ticket, 1u) == gridDim.x - 1;
+      if (is_last) *parameters.ticket = 0;
     } else {
       is_last = atomicInc(parameters.ticket, gridDim.x - 1) == gridDim.x - 1;
     }
@@ -276,6 +280,7 @@ const std::map<std::string, std::function<void(const cuda_on_host::Schedule&)>> 
     {"sum_no_fence_before_ticket", sum<Mistake::kNoFenceBeforeTicket>},
     {"sum_no_fence_after_ticket", sum<Mistake::kNoFenceAfterTicket>},
     {"sum_ticket_not_atomic", sum<Mistake::kTicketNotAtomic>},
+    {"sum_ticket_reset_by_hand", sum<Mistake::kTicketResetByHand>},
     {"sum_ticket_lost", sum<Mistake::kTicketLost>},
     {"neighbour_not_synchronised", neighbour<false>},
     {"barrier_in_branch", one_block(barrier_in_branch)},
