@@ -172,11 +172,12 @@ def test_kernels_touch_no_byte_that_they_must_not(case: Case) -> None:
 
 def test_every_kernel_is_run() -> None:
     """One case for each kernel, with offsets of 32 bits and of 64, by forward and backward."""
-    one_case = {
-        (Batch(case).kernel(Batch(case).forward()), case.pred_dtype, case.target_dtype): case
-        for case in CASES
-        if math.prod(case.shape) < 10_000
-    }
+    one_case = {}
+    for case in CASES:
+        forward = Batch(case).forward()
+        if "loss" in forward.buffers and math.prod(case.shape) < 10_000:
+            kernel = Batch(case).kernel(forward)
+            one_case[kernel, case.pred_dtype, case.target_dtype] = case
     ran = set()
     for case in one_case.values():
         ran |= check(case, "plain", SCHEDULES[:1])
