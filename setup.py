@@ -95,7 +95,9 @@ class BuildKernels(build_ext):
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
         if subprocess.run(command).returncode != 0:
-            sys.exit("the kernels of fcrn_fused did not compile; FCRN_FUSED_BUILD=none leaves them out")
+            sys.exit(
+                "the kernels of fcrn_fused did not compile; FCRN_FUSED_BUILD=none leaves them out"
+            )
         if not nvcc:
             _cuda_library(module).unlink(missing_ok=True)
 
@@ -114,7 +116,7 @@ def _write_ninja(
     nvcc: str | None,
     architectures: list[str],
 ) -> None:
-    """Sources to objects to `_C` (CPU kernels, operators) and `fcrn_fused_cuda.so` (CUDA kernels)."""
+    """Sources to objects to `_C` (CPU kernels, operators) and `fcrn_fused_cuda.so`."""
     from ninja.ninja_syntax import Writer
 
     csrc = ROOT.absolute() / "csrc"
@@ -134,7 +136,10 @@ def _write_ninja(
         ninja.variable("cxx", _cxx())
         ninja.variable("cxx_flags", " ".join(CXX_FLAGS))
         ninja.rule(
-            "cxx", "$cxx $cxx_flags $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
+            "cxx",
+            "$cxx $cxx_flags $flags -MMD -MF $out.d -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
         )
         ninja.rule("link", "$cxx -shared $in -o $out $libraries")
 
@@ -168,7 +173,8 @@ def _write_ninja(
             "stand_in", "echo | $cxx -x c++ -shared -fPIC - -Wl,-soname,libtorch_cuda.so -o $out"
         )
         ninja.build("libtorch_cuda.so", "stand_in")
-        cuda_objects = [compile_cxx("cuda/fcrn_loss_cuda.cpp", [*includes, _cuda_include(nvcc), "-DUSE_CUDA"])]
+        flags = [*includes, _cuda_include(nvcc), "-DUSE_CUDA"]
+        cuda_objects = [compile_cxx("cuda/fcrn_loss_cuda.cpp", flags)]
         for source in sorted((csrc / "cuda").glob("*.cu")):
             ninja.build(f"cuda/{source.name}.o", "nvcc", str(source))
             cuda_objects.append(f"cuda/{source.name}.o")
@@ -217,7 +223,7 @@ def _compile_problem(compiler: list[str], name: str, source: str) -> str | None:
 
 
 def _nvcc(mode: str) -> str | None:
-    """The nvcc to compile the CUDA kernels with; None where they are not wanted or cannot be built."""
+    """The nvcc to compile the CUDA kernels with; None: not wanted, or cannot be built."""
     if mode == "cpu":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -249,7 +255,7 @@ def _cuda_include(nvcc: str) -> str:
     text = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
     ).stderr
-    found = re.search(r'INCLUDES=(.*)', text)
+    found = re.search(r"INCLUDES=(.*)", text)
     return found[1].strip().replace('"', "").replace("-I", "-isystem ") if found else ""
 
 

@@ -45,8 +45,7 @@ inline int32_t device_type_code(const Tensor& tensor) {
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   static const int32_t float64 = aoti_torch_dtype_float64(), float32 = aoti_torch_dtype_float32(),
-                       float16 = aoti_torch_dtype_float16(),
-                       bfloat16 = aoti_torch_dtype_bfloat16();
+                       float16 = aoti_torch_dtype_float16(), bfloat16 = aoti_torch_dtype_bfloat16();
   const int32_t code = dtype_code(tensor);
   if (code == float32) return DType::float32;
   if (code == bfloat16) return DType::bfloat16;
@@ -56,8 +55,7 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 }
 
 inline bool on_same_device(const Tensor& a, const Tensor& b) {
-  return device_type_code(a) == device_type_code(b) &&
-         a.get_device_index() == b.get_device_index();
+  return device_type_code(a) == device_type_code(b) && a.get_device_index() == b.get_device_index();
 }
 
 inline bool on_cpu(const Tensor& tensor) {
@@ -223,8 +221,9 @@ inline void check_pair(const Tensor& pred, const Tensor& target) {
   const auto sizes = pred.sizes(), other = target.sizes();
   STD_TORCH_CHECK(sizes.size() >= 2 && sizes[1] >= 1,
                   "pred must have the shape (B, C, *S) with C >= 1");
-  STD_TORCH_CHECK(sizes.size() == other.size() && std::equal(sizes.begin(), sizes.end(), other.begin()),
-                  "target must have the shape of pred");
+  STD_TORCH_CHECK(
+      sizes.size() == other.size() && std::equal(sizes.begin(), sizes.end(), other.begin()),
+      "target must have the shape of pred");
   STD_TORCH_CHECK(on_same_device(pred, target), "target must be on the device of pred");
 }
 
@@ -259,10 +258,11 @@ inline void describe_rule(LossPass& pass, const Rule& rule, const Tensor& pred, 
   const int64_t num_pose_maps = pred.size(1) - 1;
   if (rule.coord_weight_tensor) {
     const Tensor& tensor = *rule.coord_weight_tensor;
-    STD_TORCH_CHECK((tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == num_pose_maps)) &&
-                        (on_cpu(tensor) || on_same_device(tensor, pred)),
-                    "coord_weight must be a tensor of shape () or (C - 1,) on the device of pred or "
-                    "on the CPU");
+    STD_TORCH_CHECK(
+        (tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == num_pose_maps)) &&
+            (on_cpu(tensor) || on_same_device(tensor, pred)),
+        "coord_weight must be a tensor of shape () or (C - 1,) on the device of pred or "
+        "on the CPU");
     coord.data = tensor.const_data_ptr();
     coord.data_on_host = on_cpu(tensor);
     coord.dtype = dtype_of(tensor, "coord_weight");
@@ -361,6 +361,9 @@ inline void describe_backward(LossPass& pass, GridBuilder& builder, const Tensor
       fits = sizes[i++] == wanted[j];
     }
     STD_TORCH_CHECK(fits, "grad_output must have the shape of the loss");
+    STD_TORCH_CHECK((grad_output_dtype == DType::float64) == is_double(first_dtype, second_dtype) &&
+                        size_of(grad_output_dtype) >= 4,
+                    "grad_output must have the dtype of the loss");
     builder.add(pass.grad_output, grad_output, grad_output_dtype, grad_output.const_data_ptr(),
                 per_cell);
   } else {

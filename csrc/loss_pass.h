@@ -68,8 +68,8 @@ struct LossPass {
 
   // The gradient with respect to `pred`, of pred's dtype and layout.
   TensorView grad;
-  TensorView grad_output;                    // absent: 1
-  const int64_t* known_positive = nullptr;   // backward of "positive": how many cells there are
+  TensorView grad_output;                   // absent: 1
+  const int64_t* known_positive = nullptr;  // backward of "positive": how many cells there are
   bool grad_is_for_one = false;  // `grad` holds the gradient for a grad_output of 1 (and, for
                                  // "positive", no division): only what can differ is to be written
 

@@ -1,17 +1,16 @@
 // The operators' schemas, their CPU kernels, and the pybind11 module `fcrn_fused._C`, which says
 // what was built in and loads the CUDA library. Importing the module registers the operators.
-#include <pybind11/pybind11.h>
-
 #include <dlfcn.h>
+#include <pybind11/pybind11.h>
 
 #include <string>
 
 #include "cpu/fcrn_loss_cpu.h"
 #include "loss_op.h"
 
-#define FCRN_RULE_SCHEMA                                                            \
-  "Tensor? negative_weight_tensor, Tensor? coord_weight_tensor, "                   \
-  "float negative_weight, float positive_weight, float[] coord_weight, "            \
+#define FCRN_RULE_SCHEMA                                                 \
+  "Tensor? negative_weight_tensor, Tensor? coord_weight_tensor, "        \
+  "float negative_weight, float positive_weight, float[] coord_weight, " \
   "float? ignore_value, int reduction"
 
 STABLE_TORCH_LIBRARY(fcrn_fused, library) {
@@ -19,8 +18,9 @@ STABLE_TORCH_LIBRARY(fcrn_fused, library) {
               ", bool want_grad, bool want_stats) -> Tensor[]");
   library.def("backward(Tensor grad_output, Tensor pred, Tensor target, " FCRN_RULE_SCHEMA
               ", Tensor? num_positive, bool wrt_target) -> Tensor");
-  library.def("rescale_(Tensor(a!) grad, Tensor grad_output, Tensor pred, Tensor target, "
-              FCRN_RULE_SCHEMA ", Tensor? num_positive) -> ()");
+  library.def(
+      "rescale_(Tensor(a!) grad, Tensor grad_output, Tensor pred, Tensor target, " FCRN_RULE_SCHEMA
+      ", Tensor? num_positive) -> ()");
 }
 
 namespace {
@@ -49,8 +49,8 @@ std::string load_cuda_library(const std::string& path) {
 // Why a CUDA device cannot run the kernels ("" if it can); begins to use the device.
 std::string cuda_problem(int device) {
   if (!cuda_library) return "the CUDA library is not loaded";
-  const auto problem = reinterpret_cast<const char* (*)(int)>(
-      dlsym(cuda_library, "fcrn_fused_cuda_problem"));
+  const auto problem =
+      reinterpret_cast<const char* (*)(int)>(dlsym(cuda_library, "fcrn_fused_cuda_problem"));
   const char* text = problem ? problem(device) : "the CUDA library is of another version";
   return text ? text : "";
 }

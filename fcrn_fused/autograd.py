@@ -49,9 +49,7 @@ class FCRNLossFunction(torch.autograd.Function):
             and not torch.compiler.is_compiling()
         )
         rule = (negative_weight, positive_weight, coord_weight, ignore_value, reduction)
-        result = ops.forward(
-            pred, target, rule, keep_grad, return_stats or reduction == "positive"
-        )
+        result = ops.forward(pred, target, rule, keep_grad, return_stats or reduction == "positive")
         if keep_grad:
             ctx.kept_grad = result.pop()
         ctx.rule = rule
@@ -84,10 +82,15 @@ class FCRNLossFunction(torch.autograd.Function):
             return grad_pred, grad_target, None, None, None, None, None, None
 
         kept_grad = vars(ctx).pop("kept_grad", None)  # given away once
-        if kept_grad is not None and grad_output.is_cpu and not needs_target:
-            # On the CPU a look at the value costs less than the operator that would look.
-            if grad_output.item() == 1.0 and ctx.rule[-1] != "positive":
-                return kept_grad, None, None, None, None, None, None, None
+        if (
+            kept_grad is not None
+            and not needs_target
+            and ctx.rule[-1] != "positive"
+            # on the CPU a look at the value costs less than the operator that would look
+            and grad_output.is_cpu
+            and grad_output.item() == 1.0
+        ):
+            return kept_grad, None, None, None, None, None, None, None
         pred, target, _, _, num_positive = ctx.saved_tensors
         if kept_grad is not None:
             grad_pred = kept_grad

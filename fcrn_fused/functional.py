@@ -97,7 +97,9 @@ def _fused(
     pred: Tensor, target: Tensor, rule: Rule | tuple[Any, ...], return_stats: bool
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
     if torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad):
-        result = FCRNLossFunction.apply(pred, target, *rule, return_stats)
+        result: Sequence[Tensor] = FCRNLossFunction.apply(  # type: ignore[no-untyped-call]
+            pred, target, *rule, return_stats
+        )
     else:
         result = ops.forward(pred, target, rule, False, return_stats)
     if return_stats:
@@ -106,7 +108,7 @@ def _fused(
 
 
 def _is_plain_eager() -> bool:
-    """Nothing is traced, transformed or differentiated forward: arguments need no look beforehand."""
+    """Nothing is traced, transformed or differentiated forward."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

@@ -25,7 +25,7 @@ class FCRNLoss(nn.Module):
     `negative_weight` is a buffer, a 0-dim float32 tensor whatever dtype the module is moved to: it
     is in `state_dict()`, follows `.to(device)`, and may be filled in place while training, between
     replays of a CUDA graph too, without recompilation or synchronisation. `StepNegativeWeight` and
-    `LinearNegativeWeight` do that. A `coord_weight` given as a tensor follows `.to(device)` as well.
+    `LinearNegativeWeight` do that. A `coord_weight` given as a tensor follows `.to(device)` too.
 
     Shapes: `pred` and `target` (B, C, *S), C - 1 pose maps and one confidence map; see `fcrn_loss`
     for units, dtypes and what the reductions return.
@@ -105,7 +105,7 @@ class FCRNLoss(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FCRNLoss:
         """Move the weights, but leave their dtype: 0.01 has no faithful float16 or bfloat16."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype != buffer.dtype:

@@ -138,7 +138,7 @@ def _constant(weight: Tensor) -> Tensor:
 
 
 def _load() -> tuple[ModuleType | None, dict[str, str | None]]:
-    """Load the compiled libraries; a problem by the type of the device it keeps from being served."""
+    """Load the compiled libraries, and by type of device the problem that keeps it from them."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _OLDEST_TORCH:
         problem = (
@@ -216,77 +216,77 @@ def _check_devices(pred: Tensor, target: Tensor, *weights: Tensor | None) -> Non
         )
 
 
-def _register_fakes() -> None:
-    @torch.library.register_fake("fcrn_fused::forward")
-    def _(
-        pred: Tensor,
-        target: Tensor,
-        negative_weight_tensor: Tensor | None,
-        coord_weight_tensor: Tensor | None,
-        negative_weight: float,
-        positive_weight: float,
-        coord_weight: list[float],
-        ignore_value: float | None,
-        reduction: int,
-        want_grad: bool,
-        want_stats: bool,
-    ) -> list[Tensor]:
-        _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
-        dtype = accumulation_dtype(pred.dtype, target.dtype)
-        match REDUCTIONS[reduction]:
-            case "none":
-                loss = torch.empty_like(pred, dtype=dtype)
-            case "cell":
-                loss = pred.new_empty((pred.shape[0], *pred.shape[2:]), dtype=dtype)
-            case _:
-                loss = pred.new_empty((), dtype=dtype)
-        result = [loss]
-        if want_stats:
-            result += [pred.new_empty((), dtype=dtype) for _ in range(3)]
-            result += [pred.new_empty((), dtype=torch.int64)]
-        if want_grad:
-            result += [torch.empty_like(pred)]
-        return result
+def _fake_forward(
+    pred: Tensor,
+    target: Tensor,
+    negative_weight_tensor: Tensor | None,
+    coord_weight_tensor: Tensor | None,
+    negative_weight: float,
+    positive_weight: float,
+    coord_weight: list[float],
+    ignore_value: float | None,
+    reduction: int,
+    want_grad: bool,
+    want_stats: bool,
+) -> list[Tensor]:
+    _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
+    dtype = accumulation_dtype(pred.dtype, target.dtype)
+    match REDUCTIONS[reduction]:
+        case "none":
+            loss = torch.empty_like(pred, dtype=dtype)
+        case "cell":
+            loss = pred.new_empty((pred.shape[0], *pred.shape[2:]), dtype=dtype)
+        case _:
+            loss = pred.new_empty((), dtype=dtype)
+    result = [loss]
+    if want_stats:
+        result += [pred.new_empty((), dtype=dtype) for _ in range(3)]
+        result += [pred.new_empty((), dtype=torch.int64)]
+    if want_grad:
+        result += [torch.empty_like(pred)]
+    return result
 
-    @torch.library.register_fake("fcrn_fused::backward")
-    def _(
-        grad_output: Tensor,
-        pred: Tensor,
-        target: Tensor,
-        negative_weight_tensor: Tensor | None,
-        coord_weight_tensor: Tensor | None,
-        negative_weight: float,
-        positive_weight: float,
-        coord_weight: list[float],
-        ignore_value: float | None,
-        reduction: int,
-        num_positive: Tensor | None,
-        wrt_target: bool,
-    ) -> Tensor:
-        _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
-        return torch.empty_like(target if wrt_target else pred)
 
-    @torch.library.register_fake("fcrn_fused::rescale_")
-    def _(
-        grad: Tensor,
-        grad_output: Tensor,
-        pred: Tensor,
-        target: Tensor,
-        negative_weight_tensor: Tensor | None,
-        coord_weight_tensor: Tensor | None,
-        negative_weight: float,
-        positive_weight: float,
-        coord_weight: list[float],
-        ignore_value: float | None,
-        reduction: int,
-        num_positive: Tensor | None,
-    ) -> None:
-        return None
+def _fake_backward(
+    grad_output: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    negative_weight_tensor: Tensor | None,
+    coord_weight_tensor: Tensor | None,
+    negative_weight: float,
+    positive_weight: float,
+    coord_weight: list[float],
+    ignore_value: float | None,
+    reduction: int,
+    num_positive: Tensor | None,
+    wrt_target: bool,
+) -> Tensor:
+    _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
+    return torch.empty_like(target if wrt_target else pred)
+
+
+def _fake_rescale_(
+    grad: Tensor,
+    grad_output: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    negative_weight_tensor: Tensor | None,
+    coord_weight_tensor: Tensor | None,
+    negative_weight: float,
+    positive_weight: float,
+    coord_weight: list[float],
+    ignore_value: float | None,
+    reduction: int,
+    num_positive: Tensor | None,
+) -> None:
+    return None
 
 
 _module, _problems = _load()
 if _module is not None:
-    _register_fakes()
+    torch.library.register_fake("fcrn_fused::forward", _fake_forward)
+    torch.library.register_fake("fcrn_fused::backward", _fake_backward)
+    torch.library.register_fake("fcrn_fused::rescale_", _fake_rescale_)
     # Autograd is FCRNLossFunction's; below it the operators go to their kernels directly.
     _library = torch.library.Library("fcrn_fused", "IMPL")
     for _name in ("forward", "backward", "rescale_"):

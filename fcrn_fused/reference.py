@@ -1,4 +1,4 @@
-"""The definition of the loss in plain PyTorch: the fallback on any device, and the tests' oracle."""
+"""The definition of the loss in plain PyTorch: fallback on any device, and the tests' oracle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .stats import FCRNLossStats
 from .validation import Rule, check
-
 
 _SUMMED_BY_ONE_THREAD = 32_768
 
@@ -63,7 +62,7 @@ class WeighedCells(NamedTuple):
 
 
 def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
-    """Apply the definition's table: the kind of each cell, and from it the weight of each element."""
+    """Apply the definition's table: the kind of each cell, and from it each element's weight."""
     dtype = accumulation_dtype(pred.dtype, target.dtype)
     num_maps = target.shape[1]
     per_map = (num_maps,) + (1,) * (target.dim() - 2)
@@ -146,12 +145,12 @@ def _positive_weights(
     """The weights of a positive cell's maps, (C,): the pose maps' and then the confidence's."""
     if isinstance(rule.coord_weight, Tensor):
         coord = rule.coord_weight.to(device, dtype).expand(num_maps - 1)
-        numbers: tuple[float, ...] = (rule.positive_weight,)
+        numbers = [rule.positive_weight]
     else:
         coord = torch.empty(0, dtype=dtype, device=device)
         weights = rule.coord_weight
-        numbers = (weights,) * (num_maps - 1) if isinstance(weights, float) else weights
-        numbers = (*numbers, rule.positive_weight)
+        numbers = [weights] * (num_maps - 1) if isinstance(weights, float) else [*weights]
+        numbers.append(rule.positive_weight)
     # filled on the device: a copy from the host would synchronise
     filled = [torch.full((1,), number, dtype=dtype, device=device) for number in numbers]
     return torch.cat([coord, *filled])

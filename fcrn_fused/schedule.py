@@ -28,7 +28,7 @@ class _NegativeWeightSchedule:
         self.loss.negative_weight.fill_(self._weight())
 
     def step(self) -> None:
-        """Go on by one step (call it once an iteration, after the optimiser's) and fill the weight."""
+        """Go on by one step, once an iteration after the optimiser's, and fill the weight."""
         self.last_step += 1
         self._fill()
 

@@ -1,4 +1,4 @@
-"""What the public functions accept; everything else is refused here, before anything is launched."""
+"""What the public functions accept; everything else is refused, before anything is launched."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum", "batchmean", "positive", "cell", "none")
 BACKENDS = ("auto", "fused", "reference")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_UNKNOWN_SUBCLASSES = {
+    "DTensor": "pass its to_local(), and add up what the loss is divided by over the ranks",
+    "MaskedTensor": "pass its get_data(), and mark what is masked by ignore_value",
+}
 
 
 class Rule(NamedTuple):
-    """The checked settings of the loss, in the one order in which everything below passes them on."""
+    """The settings of the loss, in the one order in which everything below passes them on."""
 
     negative_weight: float | Tensor  # a number, or a 0-dim tensor
     positive_weight: float
@@ -42,6 +46,11 @@ def check(
     if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
         name, given = ("target", target) if isinstance(pred, Tensor) else ("pred", pred)
         raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+    for name, tensor in (("pred", pred), ("target", target)):
+        if remedy := _UNKNOWN_SUBCLASSES.get(type(tensor).__name__):
+            raise ValueError(
+                f"{name} must be a plain tensor, got a {type(tensor).__name__}; {remedy}"
+            )
     shape = pred.shape
     if shape != target.shape:
         raise ValueError(
@@ -173,7 +182,7 @@ def _as_float(name: str, value: object) -> float:
     if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be finite, got {value}") from None
     except (TypeError, ValueError) as error:

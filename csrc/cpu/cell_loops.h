@@ -1,10 +1,10 @@
 // The loops over the cells of a chunk, around the arithmetic of cell_loss.h. Compiled once for each
 // instruction set, in a namespace of its own: define FCRN_INSTRUCTION_SET before including this.
 //
-// A block of 16 cells, one cache line of float32, is the unit of everything: where none of its cells
-// is positive, the pose maps are not read at all. A block is computed in vectors of the machine's
-// width. Errors are added up in 16 lanes, for at most 128 cells in the accumulator's type and from
-// there on in double; the lanes are added in order at the end.
+// A block of 16 cells, one cache line of float32, is the unit of everything: where none of its
+// cells is positive, the pose maps are not read at all. A block is computed in vectors of the
+// machine's width. Errors are added up in 16 lanes, for at most 128 cells in the accumulator's type
+// and from there on in double; the lanes are added in order at the end.
 #pragma once
 
 #include <cstring>
@@ -110,7 +110,8 @@ inline void store_bytes(void* to, const void* from, bool stream) {
   if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
     for (int i = 0; i < kBytes; i += 16) {
       const auto* unit = reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i), _mm_load_si128(unit));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
+                       _mm_load_si128(unit));
     }
     return;
   }
@@ -250,8 +251,8 @@ class Loops {
 
       const Pred conf_pred = pred[last_map * pass_.pred.map_stride];
       const Target conf_target = target[last_map * pass_.target.map_stride];
-      const Acc confidence = pass_.kinds_from_pred ? Convert<Acc>::from(conf_pred)
-                                                   : Convert<Acc>::from(conf_target);
+      const Acc confidence =
+          pass_.kinds_from_pred ? Convert<Acc>::from(conf_pred) : Convert<Acc>::from(conf_target);
       const bool positive = is_positive(rule_, confidence);
       Acc cell_error = 0;
       for (int64_t map = 0; map < last_map; ++map) {
@@ -274,7 +275,8 @@ class Loops {
       if (is_counted(rule_, confidence)) {
         const Acc d = difference<Acc>(conf_pred, conf_target);
         error = weighted_error(positive ? rule_.positive_weight : rule_.negative_weight, d);
-        slope = gradient(scaled(positive ? conf_.positive : conf_.negative, grad_output, last_map), d);
+        slope =
+            gradient(scaled(positive ? conf_.positive : conf_.negative, grad_output, last_map), d);
         (positive ? sums.positive_conf : sums.negative_conf).all[lane] += error;
         sums.num_positive += positive;
       }

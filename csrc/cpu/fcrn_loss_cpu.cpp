@@ -80,9 +80,7 @@ void run(const LossPass& pass) {
     using RunRange = decltype(run_range);
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(
         0, num_chunks, kGrainCells / kChunkCells,
-        [](int64_t first, int64_t last, void* run) {
-          (*static_cast<RunRange*>(run))(first, last);
-        },
+        [](int64_t first, int64_t last, void* run) { (*static_cast<RunRange*>(run))(first, last); },
         &run_range));
   }
   if (!pass.wants_sums) return;

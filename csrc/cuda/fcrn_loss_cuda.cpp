@@ -1,5 +1,5 @@
-// The operators on CUDA devices: allocation, device and stream. A library of its own, since it needs
-// PyTorch's CUDA library; loading it registers the kernels.
+// The operators on CUDA devices: allocation, device and stream. A library of its own, since it
+// needs PyTorch's CUDA library; loading it registers the kernels.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <stdexcept>

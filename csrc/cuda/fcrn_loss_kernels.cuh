@@ -20,6 +20,9 @@ namespace fcrn::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kBlocksPerMultiprocessor = 8;
+// At least so many blocks of a multiprocessor at once: leaves 80 registers a thread. Left to
+// itself, ptxas aims at more and spills.
+constexpr int kResidentBlocks = 3;
 
 struct Sums {
   double coord = 0.0, positive_conf = 0.0, negative_conf = 0.0;
@@ -68,7 +71,7 @@ __device__ __forceinline__ void store(T* to, const Acc (&from)[V]) {
   for (int i = 0; i < V; i += 16 / sizeof(T)) {
     uint4 unit;
     memcpy(&unit, elements + i, sizeof(unit));
-    *reinterpret_cast<uint4*>(to + i) = unit;
+    __stwb(reinterpret_cast<uint4*>(to + i), unit);  // a plain store may be taken apart
   }
 }
 
@@ -246,7 +249,8 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<A
   }
 }
 
-// ---- interleaved: V elements of the maps and cells that lie side by side -------------------------
+// ---- interleaved: V elements of the maps and cells that lie side by side
+// -------------------------
 
 template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
 __device__ __forceinline__ void interleaved_elements(const LossPass& pass, const Known<Acc>& known,
@@ -274,12 +278,11 @@ __device__ __forceinline__ void interleaved_elements(const LossPass& pass, const
     if (counted) {
       const double coord_weight = is_confidence ? 0.0 : pass.coord_weights.value(map);
       const Acc d = difference<Acc>(pred[i], target[i]);
-      error[i] = weighted_error(is_confidence ? known.confidence_weight(positive)
-                                              : static_cast<Acc>(coord_weight),
-                                d);
-      slope[i] = gradient(is_confidence ? known.confidence_coefficient(positive)
-                                        : known.coefficient(coord_weight),
-                          d);
+      error[i] = weighted_error(
+          is_confidence ? known.confidence_weight(positive) : static_cast<Acc>(coord_weight), d);
+      slope[i] = gradient(
+          is_confidence ? known.confidence_coefficient(positive) : known.coefficient(coord_weight),
+          d);
     }
     if (kForward) {
       coord_error += is_confidence ? Acc(0) : error[i];
@@ -369,7 +372,7 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass, const Known<A
 // forward pass takes the sums, a backward pass (kForward false) writes a gradient only.
 
 template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     planar_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   const Known<Acc> known(pass);
   if (known.nothing_to_do) return;
@@ -387,7 +390,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     interleaved_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   const Known<Acc> known(pass);
   if (known.nothing_to_do) return;
@@ -402,7 +405,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Acc, typename Index, bool kForward>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     strided_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   const Known<Acc> known(pass);
   if (known.nothing_to_do) return;
@@ -430,12 +433,16 @@ bool all_views(const LossPass& pass, Check&& check) {
 
 inline bool fits_32_bits(const LossPass& pass) {
   const Grid& grid = pass.grid;
-  return all_views(pass, [&](const TensorView& view) {
-    // room for one more stride of the largest grid, so that no counter wraps
-    int64_t last = (grid.images - 1) * view.image_stride + (grid.maps - 1) * view.map_stride;
-    for (int i = 0; i < grid.spatial_dims; ++i) last += (grid.sizes[i] - 1) * view.cell_strides[i];
-    return last < (int64_t{1} << 31) - 1;
-  }) && grid.images * grid.cells * grid.maps < (int64_t{1} << 31) - 1;
+  return all_views(pass,
+                   [&](const TensorView& view) {
+                     // room for one more stride of the largest grid, so that no counter wraps
+                     int64_t last =
+                         (grid.images - 1) * view.image_stride + (grid.maps - 1) * view.map_stride;
+                     for (int i = 0; i < grid.spatial_dims; ++i)
+                       last += (grid.sizes[i] - 1) * view.cell_strides[i];
+                     return last < (int64_t{1} << 31) - 1;
+                   }) &&
+         grid.images * grid.cells * grid.maps < (int64_t{1} << 31) - 1;
 }
 
 // Whether V cells (planar) or elements (interleaved) can be moved in 16-byte units everywhere.
@@ -451,7 +458,8 @@ inline bool is_vector_interleaved(const LossPass& pass, int v) {
   return !(pass.grad_output && pass.has_grad_output_per_cell()) &&
          pass.reduction != Reduction::cell && pass.grid.cells * pass.grid.maps % v == 0 &&
          all_views(pass, [&](const TensorView& view) {
-           return view.is_interleaved(pass.grid) && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+           return view.is_interleaved(pass.grid) &&
+                  reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
          });
 }
 

@@ -1,10 +1,9 @@
-#include "fcrn_loss_launch.h"
-
 #include <array>
 #include <map>
 #include <mutex>
 
 #include "fcrn_loss_kernels.cuh"
+#include "fcrn_loss_launch.h"
 
 namespace fcrn::cuda {
 namespace {
@@ -81,7 +80,8 @@ cudaError_t launch_pass(const LossPass& pass, int device, cudaStream_t stream,
 cudaError_t write_numbers(double* to, const double* numbers, int64_t count, cudaStream_t stream) {
   for (int64_t first = 0; first < count; first += kNumbersAtOnce) {
     Numbers some = {};
-    const int now = static_cast<int>(count - first < kNumbersAtOnce ? count - first : kNumbersAtOnce);
+    const int now =
+        static_cast<int>(count - first < kNumbersAtOnce ? count - first : kNumbersAtOnce);
     for (int i = 0; i < now; ++i) some.values[i] = numbers[first + i];
     numbers_kernel<<<1, kNumbersAtOnce, 0, stream>>>(to + first, some, now);
   }

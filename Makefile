@@ -1,0 +1,88 @@
+# make train   a text detector learns with the loss and leaves pictures in runs/
+# make test    the tests
+# make bench   the CPU or GPU table of speeds; make gpu: everything there is to prove on a GPU
+# make lint, make wheel, make docs, make soak, make clean
+#
+# Everything is installed into .venv. VENV=/some/where takes another virtual environment; VENV= takes
+# the Python at hand as it is and installs nothing. TORCH= names the PyTorch to install: this release
+# is a CUDA build on PyPI for Linux and so uses an NVIDIA GPU where there is one.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+STAMPS := build/stamps
+INSTALL := @true
+else
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
+endif
+
+# The requirements of the example and the benchmarks, which the tests run as well.
+EXTRA_REQUIREMENTS := examples/text_detection/requirements.txt benchmarks/requirements.txt
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+FORMATTED := $(shell find csrc tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: train test bench gpu lint wheel docs soak clean
+.DELETE_ON_ERROR:
+
+train: $(STAMPS)/built $(STAMPS)/extras
+	$(PY) -m examples.text_detection.train $(ARGS)
+
+test: $(STAMPS)/built $(STAMPS)/extras $(STAMPS)/test
+	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMPS)/built $(STAMPS)/extras
+	$(PY) -m benchmarks.loss_speed $(ARGS)
+
+gpu: $(STAMPS)/built $(STAMPS)/extras $(STAMPS)/test
+	$(PY) -m benchmarks.gpu $(ARGS)
+
+soak: $(STAMPS)/built $(STAMPS)/test
+	$(PY) -m tests.soak $(ARGS)
+
+lint: $(STAMPS)/lint $(STAMPS)/torch
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m clang_format --dry-run --Werror $(FORMATTED)
+
+wheel: $(STAMPS)/torch
+	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+docs: $(STAMPS)/built docs/requirements.txt
+	$(INSTALL) -r docs/requirements.txt
+	$(PY) -m mkdocs build --strict --site-dir docs/_build
+
+clean:
+	rm -rf build dist runs docs/_build *.egg-info fcrn_fused/*.so
+
+$(STAMPS)/venv:
+ifneq ($(strip $(VENV)),)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade pip setuptools wheel
+endif
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(INSTALL) "$(TORCH)" numpy ninja pybind11
+	@touch $@
+
+$(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(STAMPS)/extras: $(STAMPS)/torch $(EXTRA_REQUIREMENTS)
+	$(INSTALL) $(addprefix -r ,$(EXTRA_REQUIREMENTS))
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/torch pyproject.toml
+	$(INSTALL) pytest hypothesis keras nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/venv
+	$(INSTALL) ruff mypy clang-format
+	@touch $@
