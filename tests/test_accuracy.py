@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from batches import DTYPES, SCALAR_REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import GRADIENT_ULPS, LOSS_RTOL, assert_gradient, assert_loss, ulps_apart
+
+import fcrn_fused
 
 SETTINGS = {
     "negative_weight": 0.013,
@@ -55,6 +59,66 @@ def test_gradients_in_ulps(
     upstream = torch.tensor(grad_output, dtype=loss.dtype, device=impl.device)
     (grad,) = torch.autograd.grad(loss, pred, upstream)
     assert_gradient(grad, formula(pred, target, reduction, upstream.item()), dtype)
+
+
+ODD_PLANES = (300, 7, 13, 13)  # chunks of cells end inside of an image
+PAST_THE_CACHES = (24, 7, 131, 127)  # two million elements
+LARGE = [
+    *itertools.product(
+        [ODD_PLANES],
+        [
+            (torch.float32, "mean"),
+            (torch.float32, "cell"),
+            (torch.float32, "none"),
+            (torch.bfloat16, "positive"),
+            (torch.float16, "none"),
+            (torch.float64, "mean"),
+        ],
+        ["contiguous", "channels_last", "strided", "misaligned"],
+    ),
+    *itertools.product(
+        [PAST_THE_CACHES],
+        [(torch.float32, "mean"), (torch.bfloat16, "positive"), (torch.float32, "none")],
+        ["contiguous", "misaligned"],
+    ),
+    ((1, 7, 300_007), (torch.float32, "mean"), "contiguous"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype_and_reduction", "layout"), LARGE, ids=str)
+def test_large_tensors_of_every_layout(
+    fused: Implementation,
+    shape: tuple[int, ...],
+    dtype_and_reduction: tuple[torch.dtype, str],
+    layout: str,
+) -> None:
+    """Several threads, vectors and their tails, stores past the caches."""
+    dtype, reduction = dtype_and_reduction
+    settings = {"negative_weight": 0.25, "ignore_value": -1.0, "reduction": reduction}
+    pred, target = make_batch(
+        shape, dtype=dtype, device=fused.device, positives=0.05, ignored=0.05, requires_grad=False
+    )
+    if layout == "channels_last":
+        pred, target = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (pred, target))
+    elif layout == "strided":
+        pred = torch.stack([pred, torch.full_like(pred, torch.nan)], -1)[..., 0]
+    elif layout == "misaligned":
+        store = pred.new_empty(pred.numel() + 3)
+        pred = store[3:].view(shape).copy_(pred)
+    pred.requires_grad_()
+    loss = fused.loss(pred, target, **settings)
+    wide = [tensor.detach().double().contiguous().requires_grad_() for tensor in (pred, target)]
+    want = fcrn_fused.reference.fcrn_loss(*wide, **settings)
+    torch.testing.assert_close(loss.double(), want, rtol=LOSS_RTOL[loss.dtype], atol=0)
+    for scale in (1.0, 0.7):
+        upstream = torch.full_like(loss, scale)
+        (grad,) = torch.autograd.grad(loss, pred, upstream, retain_graph=True)
+        (want_grad,) = torch.autograd.grad(want, wide[0], upstream.double(), retain_graph=True)
+        error = (grad.double() - want_grad).abs()
+        # float16's mean is in its subnormals, where an ulp is not relative
+        allowed = GRADIENT_ULPS[dtype] * torch.finfo(dtype).eps * want_grad.abs()
+        assert (error <= allowed.clamp(min=torch.finfo(dtype).smallest_normal * 2**-9)).all()
+        assert ((grad == 0) == (want_grad == 0)).double().mean() > 0.999
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -220,6 +220,28 @@ def test_every_form_of_coord_weight(impl: Implementation, weight: object) -> Non
     assert_gradient(pred.grad, truth.grad, torch.float32)
 
 
+@pytest.mark.parametrize("form", ["list", "tensor", "float64 tensor with a stride"])
+def test_more_pose_maps_than_anyone_has(impl: Implementation, form: str) -> None:
+    """C = 77, a weight for each."""
+    pred, target = make_batch((2, 77, 5), device=impl.device)
+    values = [0.25 + 0.5 * j for j in range(76)]
+    given = {
+        "list": values,
+        "tensor": torch.tensor(values, device=impl.device),
+        "float64 tensor with a stride": torch.tensor(
+            [value for value in values for _ in range(2)], dtype=torch.float64, device=impl.device
+        )[::2],
+    }[form]
+    for reduction in REDUCTIONS:
+        loss = impl.loss(pred, target, coord_weight=given, reduction=reduction)
+        (grad,) = torch.autograd.grad(2 * loss.sum(), pred)
+        truth = oracle.fcrn_loss(
+            pred, target, coord_weight=values, reduction=reduction, grad_output=2.0
+        )
+        assert_loss(loss, truth.loss, torch.float32)
+        assert_gradient(grad, truth.grad, torch.float32)
+
+
 @pytest.mark.parametrize(
     "weight",
     [0.5, 1, True, np.float64(0.5), np.float32(0.5), Fraction(1, 2)],

@@ -73,6 +73,38 @@ def test_halves_are_computed_in_float32(impl: Implementation, dtype: torch.dtype
         assert stats.positive_conf.item() == 4096
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["planar", "strided"])
+def test_every_half_is_read_and_written_right(
+    impl: Implementation, layout: str, dtype: torch.dtype
+) -> None:
+    """All 65,536 of them, subnormals, infinities and NaN included, as pred and as target."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = patterns.view(dtype).to(impl.device).view(1, 1, -1)
+    if dtype == torch.bfloat16:  # twice its largest is infinity in float32
+        values = torch.where(values.isfinite(), values.clamp(-(2.0**126), 2.0**126), values)
+    if layout == "strided":
+        values = torch.stack([values, values], -1)[..., 0]
+    pred = values.detach().requires_grad_()
+    zero = torch.zeros_like(pred, requires_grad=True)
+    loss = impl.loss(pred, zero, reduction="none")
+    wide = values.float()
+    torch.testing.assert_close(loss, wide * wide, rtol=1e-6, atol=0, equal_nan=True)
+    # halved, a gradient of 2 (pred - target) is pred again, to the bit
+    (grad,) = torch.autograd.grad(loss, pred, torch.full_like(loss, 0.5), retain_graph=True)
+    torch.testing.assert_close(grad, values, rtol=0, atol=0, equal_nan=True)
+    # times 0.3 it is rounded as PyTorch rounds, to the nearest
+    (grad,) = torch.autograd.grad(loss, pred, torch.full_like(loss, 0.15), retain_graph=True)
+    want = (wide.double() * 2 * torch.tensor(0.15).double()).to(dtype)
+    spacing = torch.finfo(dtype).eps
+    torch.testing.assert_close(grad, want, rtol=spacing, atol=0, equal_nan=True)
+    assert (grad == want).double().mean() > 0.95
+    # as a target's confidence: what is not above zero is negative, NaN included
+    loss, stats = impl.loss(zero.detach(), values, negative_weight=0.5, return_stats=True)
+    assert stats.num_positive.item() == (wide > 0).sum()
+    assert loss.isnan()
+
+
 def test_float64_is_not_computed_in_float32(impl: Implementation) -> None:
     """1 + 1e-12 against 1: float32 sees no difference."""
     pred = torch.full((1, 1, 8), 1 + 1e-12, dtype=torch.float64, device=impl.device)

@@ -188,16 +188,19 @@ def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_tensors_through_the_public_function(impl: Implementation, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "positive", "cell"])
+def test_fake_tensors_through_the_public_function(
+    impl: Implementation, reduction: str, dtype: torch.dtype
+) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     pred, target = make_batch((2, 3, 4, 6), dtype=dtype, device=impl.device)
     pred = pred.detach()
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(pred).requires_grad_()
-        loss = impl.loss(fake, mode.from_tensor(target), reduction="cell")
+        loss = impl.loss(fake, mode.from_tensor(target), reduction=reduction)
         loss.sum().backward()
-    assert loss.shape == (2, 4, 6)
+    assert loss.shape == ((2, 4, 6) if reduction == "cell" else ())
     assert fake.grad.dtype == dtype
     assert fake.grad.stride() == pred.stride()
 

@@ -205,6 +205,28 @@ def test_shapes(impl: Implementation, shape: tuple[int, ...], layout: str) -> No
     check(impl, LAYOUTS[layout](pred), LAYOUTS[layout](target))
 
 
+@pytest.mark.parametrize("dims", [8, 9, 10, 11, 14])
+@pytest.mark.parametrize("where", ["pred", "target", "both"])
+def test_many_dimensions_that_do_not_lie_in_memory_as_one(
+    impl: Implementation, where: str, dims: int
+) -> None:
+    """Every second element in every dimension, in reverse order of memory."""
+    shape = (2, 2, *(2,) * (dims - 2))
+    pred, target = make_batch(shape, device=impl.device, ignored=0.2, requires_grad=False)
+
+    def scattered(tensor: torch.Tensor) -> torch.Tensor:
+        store = tensor.new_full([3] * dims, torch.nan)
+        view = store[(slice(0, 3, 2),) * dims].permute(tuple(reversed(range(dims))))
+        return view.copy_(tensor)
+
+    if where != "target":
+        pred = scattered(pred)
+    if where != "pred":
+        target = scattered(target)
+    for reduction in ("mean", "cell", "none"):
+        check(impl, pred, target, reduction)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("offset", range(8))
 def test_odd_planes_at_every_alignment(
