@@ -534,8 +534,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--round-seconds",
         type=_checked(_positive_float),
-        default=0.1,
-        help="time of one contender in one round (default: 0.1; at least one call)",
+        default=0.05,
+        help="time of one contender in one round (default: 0.05; at least one call)",
     )
     add("--backend", choices=("auto", "fused", "reference"), default="auto", help="for ours")
     add("--study", choices=list(STUDIES), help="ours and the floor over many sizes or patterns")
@@ -630,7 +630,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         contenders,
         ["step"] if options.quick or options.study else options.passes,
         min(options.rounds, 5) if options.quick else options.rounds,
-        min(options.round_seconds, 0.05) if options.quick else options.round_seconds,
+        min(options.round_seconds, 0.03) if options.quick else options.round_seconds,
         options.backend,
     )
 
