@@ -157,6 +157,18 @@ def test_the_parts_add_up_to_the_loss(reduction: str) -> None:
     assert training.parts(stats, 4).loss == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_half_precision_learns_the_same_within_its_precision() -> None:
+    pictures = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    target = torch.rand(4, 7, 4, 4)
+    target[:, 6] = (target[:, 6] > 0.7).float()
+    full, half = (Training(replace(SMALL, amp=amp), CPU) for amp in (False, True))
+    for training in (full, half):
+        training.advance(pictures, target)
+        assert training.model.head.weight.dtype == torch.float32
+    change = full.model.head.weight - half.model.head.weight
+    assert change.abs().max() < 0.05 * full.model.head.weight.abs().max()
+
+
 def test_every_epoch_is_a_permutation_and_any_step_can_be_the_first() -> None:
     batches = list(StepSampler(10, 4, 0, 5, seed=1))
     seen = [index for batch in batches for index in batch]
