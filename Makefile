@@ -15,9 +15,11 @@ ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 STAMPS := build/stamps
 INSTALL := @true
+CLANG_FORMAT := clang-format
 else
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
+CLANG_FORMAT := $(VENV)/bin/clang-format
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 endif
 
@@ -48,7 +50,7 @@ lint: $(STAMPS)/lint $(STAMPS)/torch
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $(FORMATTED)
+	$(CLANG_FORMAT) --dry-run --Werror $(FORMATTED)
 
 wheel: $(STAMPS)/torch
 	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

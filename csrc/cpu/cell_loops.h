@@ -78,6 +78,15 @@ inline int count_set(Mask mask) {
 #endif
 }
 
+template <typename Mask>
+inline bool any_set(Mask mask) {
+#if defined(__AVX2__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+#else
+  return count_set(mask) != 0;
+#endif
+}
+
 // ---- memory -------------------------------------------------------------------------------------
 
 template <typename Acc, typename T>
@@ -92,6 +101,17 @@ inline void load_whole_block(const T* from, Acc* to) {
   }
 #endif
   for (int i = 0; i < kBlock; ++i) to[i] = Convert<Acc>::from(from[i]);
+}
+
+// A whole block in the type of the arithmetic: where it lies if it is in that, else in `scratch`.
+template <typename Acc, typename T>
+inline const Acc* whole_block(const T* from, Acc* scratch) {
+  if constexpr (DTypeOf<T>::value == DTypeOf<Acc>::value) {
+    return from;
+  } else {
+    load_whole_block(from, scratch);
+    return scratch;
+  }
 }
 
 // The first `count` cells of a block; the rest is 0.
@@ -206,11 +226,14 @@ class Loops {
     alignas(64) Acc cell_error[kChunkCells];
     const int64_t last_map = pass_.grid.maps - 1;
     const int64_t count = end - begin;
-    int64_t block = 0;
-    for (int64_t at = 0; at < count; at += kBlock, ++block) {
-      block_is_positive[block] =
+    for (int64_t at = 0; at < count; at += kBlock) {
+      for (const int64_t end_of_run = at + negative_blocks(image, begin + at, count - at, sums);
+           at < end_of_run; at += kBlock) {
+        block_is_positive[at / kBlock] = false;
+      }
+      if (at == count) break;
+      block_is_positive[at / kBlock] =
           confidence_block(image, begin + at, block_size(count - at), cell_error + at, sums);
-      if (block % kBlocksBetweenFlushes == 0) sums.negative_conf.flush();
     }
     for (int64_t map = 0; map < last_map; ++map) {
       const PoseMap pose = pose_map(map);
@@ -318,6 +341,51 @@ class Loops {
 
   static int block_size(int64_t left) { return left < kBlock ? static_cast<int>(left) : kBlock; }
 
+  // The confidences of the whole blocks from `cell` on that have no positive cell, up to the first
+  // that has one: nearly all of them. Returns their number of cells.
+  inline int64_t negative_blocks(int64_t image, int64_t cell, int64_t count,
+                                 CellSums<Acc>& sums) const {
+    using V = Vector<Acc>;
+    if (per_cell_ || per_cell_error_ || per_element_error_) return 0;
+    const int64_t map = pass_.grid.maps - 1;
+    const Pred* preds = element<const Pred>(pass_.pred, image, map, cell);
+    const Target* targets = element<const Target>(pass_.target, image, map, cell);
+    Pred* grads = pass_.grad ? element<Pred>(pass_.grad, image, map, cell) : nullptr;
+    alignas(64) Acc scratch[2][kBlock], slope[kBlock];
+    V error[kBlock / kLanes<Acc>] = {};
+    const V weight = splat(rule_.negative_weight), coefficient = splat(conf_.negative);
+    int unflushed = 0;
+    const auto flush = [&] {
+      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+        put_at(sums.negative_conf.recent + i, error[i / kLanes<Acc>]);
+        error[i / kLanes<Acc>] = V{};
+      }
+      sums.negative_conf.flush();
+      unflushed = 0;
+    };
+    int64_t at = 0;
+    for (; at + kBlock <= count; at += kBlock) {
+      const Acc* pred = whole_block(preds + at, scratch[0]);
+      const Acc* target = whole_block(targets + at, scratch[1]);
+      const Acc* confidence = pass_.kinds_from_pred ? pred : target;
+      auto positive = is_positive(rule_, vector_at(confidence));
+      for (int i = kLanes<Acc>; i < kBlock; i += kLanes<Acc>) {
+        positive |= is_positive(rule_, vector_at(confidence + i));
+      }
+      if (any_set(positive)) break;
+      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+        const auto counted = is_counted(rule_, vector_at(confidence + i));
+        const V d = vector_at(pred + i) - vector_at(target + i);
+        error[i / kLanes<Acc>] += counted ? weighted_error(weight, d) : V{};
+        put_at(slope + i, counted ? gradient(coefficient, d) : V{});
+      }
+      if (grads) store_block(grads + at, slope, kBlock, stream_);
+      if (++unflushed == kBlocksBetweenFlushes) flush();
+    }
+    if (unflushed > 0) flush();
+    return at;
+  }
+
   // The confidences of a block; true if a cell of it is positive.
   inline bool confidence_block(int64_t image, int64_t cell, int count, Acc* cell_error,
                                CellSums<Acc>& sums) const {
@@ -356,12 +424,6 @@ class Loops {
     using V = Vector<Acc>;
     for (int i = count; i < kBlock; ++i) error[i] = 0;
     const auto add = [](Acc* lanes, V errors) { put_at(lanes, vector_at(lanes) + errors); };
-    if (num_positive == 0) {
-      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        add(sums.negative_conf.recent + i, vector_at(error + i));
-      }
-      return;
-    }
     sums.num_positive += num_positive;
     for (int i = 0; i < kBlock; i += kLanes<Acc>) {
       const auto positive = is_positive(rule_, vector_at(confidence + i));
@@ -369,6 +431,7 @@ class Loops {
       add(sums.negative_conf.recent + i, positive ? V{} : vector_at(error + i));
     }
     sums.positive_conf.flush();
+    sums.negative_conf.flush();
   }
 
   // One pose map of a block with a positive cell.

@@ -5,12 +5,20 @@
 
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace fcrn::cpu {
 namespace {
 
 // From this many bytes written on, a write past the caches is cheaper: the gradient would not stay
 // in them until it is read, and a plain store reads the line that it overwrites.
 constexpr int64_t kStreamFromBytes = int64_t{8} << 20;
+
+// From this many bytes on, memory that is new to the process is asked for in huge pages.
+constexpr int64_t kHugePagesFromBytes = int64_t{4} << 20;
 
 // Cells worth a thread of their own.
 constexpr int64_t kGrainCells = 8192;
@@ -37,6 +45,20 @@ bool is_planar(const LossPass& pass) {
     if (*view && !view->is_planar(grid)) return false;
   }
   return !pass.has_grad_output_per_cell() || !pass.grad_output || pass.grad_output.is_planar(grid);
+}
+
+// A gradient comes from PyTorch's allocator, and a large one is new to the process each time: its
+// first touch then costs more than the writing, a fault for every 4 KiB. This asks the kernel, where
+// it leaves the choice to the program, to map 2 MiB at a fault. Memory that is mapped stays as it is.
+void advise_huge_pages([[maybe_unused]] const TensorView& view, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (!view || bytes < kHugePagesFromBytes) return;
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(view.data);
+  const uintptr_t first = begin / page * page;
+  const uintptr_t last = (begin + bytes + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 template <typename Acc>
@@ -69,6 +91,9 @@ void run(const LossPass& pass) {
   const int64_t written = (pass.grad || pass.errors ? cells * grid.maps * 4 : 0);
   const ChunkPlan plan{pass, dloss_derror, is_planar(pass),
                        written >= kStreamFromBytes && !pass.grad_is_for_one};
+  if (!pass.grad_is_for_one) {
+    advise_huge_pages(pass.grad, cells * grid.maps * size_of(pass.grad.dtype));
+  }
   const int64_t num_chunks = (cells + kChunkCells - 1) / kChunkCells;
   std::vector<ChunkSums> sums(num_chunks);
   auto run_range = [&](int64_t first, int64_t last) {
