@@ -3,9 +3,12 @@
 import getpass
 import json
 import socket
+import subprocess
+import sys
 
 import bars
 import loss_speed
+import provenance
 import pytest
 import torch
 import workloads
@@ -236,3 +239,17 @@ def test_the_floor_is_scaled_to_the_bytes_of_the_pattern():
     case = plain(workloads.DENSE_SIZES[2])
     rows = [row(case, "ours", 2.0, bytes_per_cell=72.0), row(case, "floor", 1.0)]
     assert bars.Timings(rows).floor_share(case) == 1.0
+
+
+# ---- how they are started -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["loss_speed", "gpu"])
+@pytest.mark.parametrize("how", ["file", "module"])
+def test_a_benchmark_is_started_as_a_file_or_as_a_module(program, how):
+    root = provenance.ROOT
+    name = f"benchmarks/{program}.py" if how == "file" else f"benchmarks.{program}"
+    command = [sys.executable, *([] if how == "file" else ["-m"]), name, "--help"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert f"usage: {program}.py" in run.stdout
