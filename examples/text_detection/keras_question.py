@@ -25,7 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -41,7 +43,7 @@ from .grid import Grid, warn_if_pixels
 from .keras_snippet import keras_snippet_loss
 from .model import FCRN
 from .scene import Scene
-from .training import Recipe, rate_schedule, sgd, weight_schedule
+from .training import Recipe, check, rate_schedule, sgd, weight_schedule
 
 _WORDS = 4  # a picture has about this many; the factor on the mean is elements / words
 
@@ -88,6 +90,7 @@ COLUMNS = (
     "f_measure",
 )
 Row = dict[str, str | float]
+Series = dict[str, NDArray[np.float64]]
 
 
 class PixelPose(nn.Module):
@@ -215,7 +218,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def _curve(axes, series, key: str, label: str, color: str, **style: str) -> None:  # type: ignore[no-untyped-def]
+def _curve(axes: Axes, series: Series, key: str, label: str, color: str, **style: str) -> None:
     axes.plot(series["step"], series[key], label=label, color=color, lw=1.2, **style)
 
 
@@ -239,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=natural, default=recipe.seed)
     options = parser.parse_args(arguments)
     recipe = dataclasses.replace(recipe, steps=options.steps, size=options.size, seed=options.seed)
+    check(recipe)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in options.variants:

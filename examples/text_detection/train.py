@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from .processes import joined
 from .scene import Scene
 from .scoring import Score
 from .synthtext import SynthText
-from .training import Recipe, Training, read_checkpoint, save
+from .training import Recipe, Training, check, read_checkpoint, save
 
 _COLUMNS = (
     "loss",
@@ -265,20 +264,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(recipe: Recipe) -> None:
-    """UserError for values that argparse lets through and no run can use."""
-    if recipe.size % recipe.stride:
-        raise UserError(f"--size {recipe.size} is no multiple of --stride {recipe.stride}")
-    for name in ("learning_rate", "head_rate", "size_weight", "clip"):
-        value = getattr(recipe, name)
-        if not value > 0 or (value == math.inf and name != "clip"):
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if not recipe.weight_decay >= 0:
-        raise UserError(f"--weight-decay must be at least 0, not {recipe.weight_decay}")
-    if not 0 < recipe.anneal <= 1:
-        raise UserError(f"--anneal must be above 0 and at most 1, not {recipe.anneal}")
-
-
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(_parser().parse_args(arguments))
@@ -286,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})
         for kind in (Recipe, Run)
     )
-    _check(recipe)
+    check(recipe)
     train(recipe, run)
 
 

@@ -71,6 +71,20 @@ class Recipe:
         return FCRN(self.width, self.stride, self.norm)
 
 
+def check(recipe: Recipe) -> None:
+    """UserError for values that argparse lets through and no run can use."""
+    if recipe.size % recipe.stride:
+        raise UserError(f"--size {recipe.size} is no multiple of --stride {recipe.stride}")
+    for name in ("learning_rate", "head_rate", "size_weight", "clip"):
+        value = getattr(recipe, name)
+        if not value > 0 or (value == math.inf and name != "clip"):
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if not recipe.weight_decay >= 0:
+        raise UserError(f"--weight-decay must be at least 0, not {recipe.weight_decay}")
+    if not 0 < recipe.anneal <= 1:
+        raise UserError(f"--anneal must be above 0 and at most 1, not {recipe.anneal}")
+
+
 @dataclass(frozen=True)
 class Parts:
     """A step's loss and what it is made of, all divided as the reduction divides."""
