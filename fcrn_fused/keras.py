@@ -1,0 +1,162 @@
+"""The loss for Keras 3 on its PyTorch backend: `FCRNLoss` and `NegativeWeightCallback`.
+
+Nothing else in the package imports Keras. Choose the backend before Keras is imported, with
+`KERAS_BACKEND=torch` in the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import module
+from .schedule import LinearNegativeWeight, StepNegativeWeight
+
+try:
+    import keras  # type: ignore[import-not-found, import-untyped, unused-ignore]
+except ModuleNotFoundError as error:
+    if error.name != "keras":
+        raise
+    raise ModuleNotFoundError(
+        "fcrn_fused.keras needs Keras 3: pip install keras", name="keras"
+    ) from error
+
+__all__ = ["FCRNLoss", "NegativeWeightCallback"]
+
+_DATA_FORMATS = ("channels_first", "channels_last")
+
+
+@keras.saving.register_keras_serializable(package="fcrn_fused")
+class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
+    """The loss of `fcrn_fused.fcrn_loss` as a Keras loss.
+
+    It gives Keras the mean over the maps of each cell, (B, *S), so that Keras's own `reduction`
+    and `sample_weight` work; with the default reduction the loss is that of `reduction="mean"`. A
+    `sample_weight` has one weight for each picture, (B,), or for each cell, (B, *S).
+
+    Its `get_config` holds the weight of negative cells as it is then: a model that is saved while
+    training and loaded again goes on with it.
+
+    Args:
+        negative_weight, positive_weight, coord_weight, ignore_value, backend: as in `fcrn_loss`.
+        data_format: "channels_first" for maps (B, C, *S), "channels_last" for (B, *S, C), which are
+            read as they lie, without a copy; None takes `keras.config.image_data_format()`.
+        reduction: Keras's: "sum_over_batch_size", "sum", "mean", "mean_with_sample_weight", None.
+        name, dtype: as in `keras.losses.Loss`.
+
+    Raises:
+        RuntimeError: Keras runs on another backend than PyTorch.
+        TypeError: a weight is not a number.
+        ValueError: a weight, `ignore_value`, `data_format`, `reduction` or `backend` that does not
+            fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        negative_weight: float | Tensor = 1.0,
+        positive_weight: float = 1.0,
+        coord_weight: float | Sequence[float] | Tensor = 1.0,
+        ignore_value: float | None = None,
+        data_format: str | None = None,
+        backend: str = "auto",
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "fcrn_loss",
+        dtype: Any = None,
+    ) -> None:
+        running = keras.config.backend()
+        if running != "torch":
+            raise RuntimeError(
+                f"fcrn_fused.keras needs Keras on PyTorch, this is Keras on {running}; set "
+                "KERAS_BACKEND=torch in the environment before keras is imported"
+            )
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        data_format = data_format or keras.config.image_data_format()
+        if data_format not in _DATA_FORMATS:
+            raise ValueError(
+                f"data_format must be one of {', '.join(_DATA_FORMATS)}, got {data_format!r}"
+            )
+        self.data_format = data_format
+        self.module = module.FCRNLoss(
+            negative_weight=negative_weight,
+            positive_weight=positive_weight,
+            coord_weight=coord_weight,
+            ignore_value=ignore_value,
+            reduction="cell",
+            backend=backend,
+        )
+        """The PyTorch loss beneath, which a schedule anneals: `StepNegativeWeight(loss.module)`."""
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
+        """The reduced loss; a `sample_weight` of fewer dimensions than (B, *S) begins with B."""
+        if sample_weight is not None:
+            # Keras would line it up with the last dimension instead
+            sample_weight = keras.ops.convert_to_tensor(sample_weight)
+            missing = len(y_pred.shape) - 1 - sample_weight.ndim
+            if sample_weight.ndim > 0 and missing > 0:
+                sample_weight = sample_weight.reshape(*sample_weight.shape, *(1,) * missing)
+        loss: Tensor = super().__call__(y_true, y_pred, sample_weight)
+        return loss
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """The loss of each cell, (B, *S), of maps in this loss's `data_format`."""
+        if self.data_format == "channels_last":
+            y_true, y_pred = y_true.movedim(-1, 1), y_pred.movedim(-1, 1)
+        loss: Tensor = self.module(y_pred, y_true)
+        return loss
+
+    def get_config(self) -> dict[str, Any]:
+        """Plain values from which `from_config` makes this loss again, the weight as it is now."""
+        coord_weight = self.module.coord_weight
+        return {
+            **super().get_config(),
+            "dtype": self.dtype,
+            "negative_weight": self.module.negative_weight.item(),
+            "positive_weight": self.module.positive_weight,
+            "coord_weight": _plain(coord_weight),
+            "ignore_value": self.module.ignore_value,
+            "data_format": self.data_format,
+            "backend": self.module.backend,
+        }
+
+
+class NegativeWeightCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """Steps a schedule of the negative cells' weight after each training batch.
+
+    The weight is added to the logs of each epoch as "negative_weight", for `History` and
+    `CSVLogger` behind it in the list of callbacks.
+
+    Args:
+        schedule: `StepNegativeWeight` or `LinearNegativeWeight` over `loss.module`, or anything
+            with `step()` and `get_last_weight()`.
+
+    Raises:
+        TypeError: `schedule` has no such methods.
+    """
+
+    def __init__(self, schedule: StepNegativeWeight | LinearNegativeWeight) -> None:
+        super().__init__()
+        if not (hasattr(schedule, "step") and hasattr(schedule, "get_last_weight")):
+            raise TypeError(
+                "schedule must be a StepNegativeWeight or LinearNegativeWeight over loss.module, "
+                f"got {type(schedule).__name__}"
+            )
+        self.schedule = schedule
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Go on by one step."""
+        self.schedule.step()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Add the weight to the logs."""
+        if logs is not None:
+            logs["negative_weight"] = self.schedule.get_last_weight()
+
+
+def _plain(weight: float | Sequence[float] | Tensor) -> float | list[float]:
+    if isinstance(weight, Tensor):
+        values: float | list[float] = weight.tolist()
+        return values
+    return list(weight) if isinstance(weight, Sequence) else weight

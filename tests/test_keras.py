@@ -1,0 +1,274 @@
+"""`fcrn_fused.keras`: the loss and the callback in Keras 3 on its PyTorch backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import make_batch
+
+import fcrn_fused
+
+if importlib.util.find_spec("keras") is None:
+    pytest.skip("needs Keras: pip install keras", allow_module_level=True)
+os.environ.setdefault("KERAS_BACKEND", "torch")
+import keras
+
+if keras.config.backend() != "torch":
+    pytest.skip(
+        f"needs Keras on torch (KERAS_BACKEND=torch), this is {keras.config.backend()}",
+        allow_module_level=True,
+    )
+from fcrn_fused.keras import FCRNLoss, NegativeWeightCallback
+
+SETTINGS: dict[str, Any] = {
+    "negative_weight": 0.25,
+    "positive_weight": 1.5,
+    "coord_weight": (1.0, 2.0, 0.5, 1.0, 1.0, 3.0),
+    "ignore_value": -1.0,
+}
+
+
+def keras_batch(data_format: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(pred, target)` on Keras's own device, as layers would give them."""
+    pred, target = make_batch((4, 7, 5, 6), ignored=0.1, requires_grad=False, **options)
+    device = keras.ops.convert_to_tensor(0.0).device
+    pred, target = pred.to(device), target.to(device)
+    if data_format == "channels_last":
+        pred, target = (x.movedim(1, -1).contiguous() for x in (pred, target))
+    return pred, target
+
+
+def as_channels_first(x: torch.Tensor, data_format: str) -> torch.Tensor:
+    return x.movedim(-1, 1) if data_format == "channels_last" else x
+
+
+both_formats = pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+
+
+@both_formats
+@pytest.mark.parametrize(
+    ("reduction", "of_cells"),
+    [
+        ("sum_over_batch_size", torch.mean),
+        ("sum", torch.sum),
+        ("mean", torch.mean),
+        (None, lambda x: x),
+    ],
+)
+def test_it_is_the_loss_of_the_cells_and_keras_reduces(
+    data_format: str, reduction: str | None, of_cells: Any
+) -> None:
+    pred, target = keras_batch(data_format)
+    loss = FCRNLoss(**SETTINGS, data_format=data_format, reduction=reduction)(target, pred)
+    maps = (as_channels_first(x, data_format) for x in (pred, target))
+    cells = fcrn_fused.fcrn_loss(*maps, **SETTINGS, reduction="cell")
+    torch.testing.assert_close(loss, of_cells(cells))
+
+
+@both_formats
+def test_the_default_reduction_is_the_mean_of_fcrn_loss(data_format: str) -> None:
+    pred, target = keras_batch(data_format)
+    pred.requires_grad_()
+    loss = FCRNLoss(data_format=data_format)(target, pred)
+    maps = [as_channels_first(x, data_format) for x in (pred, target)]
+    want = fcrn_fused.fcrn_loss(*maps)
+    torch.testing.assert_close(loss, want)
+    gradients = [torch.autograd.grad(x, pred)[0] for x in (loss, want)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_data_format_is_that_of_keras() -> None:
+    before = keras.config.image_data_format()
+    try:
+        for data_format in ("channels_first", "channels_last"):
+            keras.config.set_image_data_format(data_format)
+            assert FCRNLoss().data_format == data_format
+    finally:
+        keras.config.set_image_data_format(before)
+
+
+def test_channels_last_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    pred, target = keras_batch("channels_last")
+    loss = FCRNLoss(data_format="channels_last")
+    seen: list[torch.Tensor] = []
+    loss.module.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+    loss(target, pred)
+    assert [x.data_ptr() for x in seen] == [pred.data_ptr(), target.data_ptr()]
+    assert all(x.shape == (4, 7, 5, 6) for x in seen)
+
+
+@both_formats
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 5, 6), (4, 5), ()], ids=str)
+def test_sample_weight_of_pictures_and_of_cells(data_format: str, shape: tuple[int, ...]) -> None:
+    pred, target = keras_batch(data_format)
+    weight = torch.rand(shape, generator=torch.Generator().manual_seed(1)).numpy()
+    loss = FCRNLoss(data_format=data_format)(target, pred, sample_weight=weight)
+    maps = (as_channels_first(x, data_format) for x in (pred, target))
+    cells = fcrn_fused.fcrn_loss(*maps, reduction="cell").cpu()
+    for_cells = weight.reshape(shape + (1,) * (3 - len(shape))) if shape else weight
+    torch.testing.assert_close(loss.cpu(), (cells * torch.as_tensor(for_cells)).mean())
+
+
+def test_a_batch_as_wide_as_long_is_weighed_by_picture() -> None:
+    """(B,) against (B, H, W) with W = B: lined up with W it would pass, and be wrong."""
+    pred, target = torch.ones(4, 4, 4, 7), torch.zeros(4, 4, 4, 7)
+    pred[0, :, :, 6] = 3
+    weight = np.array([1, 0, 0, 0], dtype=np.float32)
+    loss = FCRNLoss(data_format="channels_last", reduction="sum")(target, pred, weight)
+    assert loss.item() == pytest.approx(16 * 9 / 7)
+
+
+def test_numpy_and_half_inputs() -> None:
+    pred, target = (x.cpu().numpy() for x in keras_batch("channels_last"))
+    loss = FCRNLoss(data_format="channels_last")
+    assert loss(target, pred).dtype == torch.float32
+    half = FCRNLoss(data_format="channels_last", dtype="bfloat16")
+    assert loss(target, pred).item() == pytest.approx(half(target, pred).item(), rel=0.02)
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coord_weight", [2.0, (1.0, 2.0), torch.tensor([1.0, 2.0])], ids=str)
+def test_the_config_makes_the_same_loss_again(coord_weight: Any) -> None:
+    settings = {**SETTINGS, "coord_weight": coord_weight, "data_format": "channels_first"}
+    loss = FCRNLoss(**settings, reduction="sum", name="mine", backend="reference", dtype="float64")
+    config = loss.get_config()
+    json.dumps(config)
+    other = FCRNLoss.from_config(config)
+    assert other.get_config() == config
+    pred, target = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4).round()
+    assert torch.equal(loss(target, pred), other(target, pred))
+    through_keras = keras.losses.deserialize(keras.losses.serialize(loss))
+    assert through_keras.get_config() == config
+
+
+def test_the_config_holds_the_weight_of_now() -> None:
+    loss = FCRNLoss()
+    schedule = fcrn_fused.LinearNegativeWeight(loss.module, initial=0.25, total_iters=2)
+    assert loss.get_config()["negative_weight"] == 0.25
+    schedule.step()
+    assert loss.get_config()["negative_weight"] == 0.625
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"data_format": "NCHW"}, ValueError, "data_format must be one of .*'NCHW'"),
+        ({"reduction": "cell"}, ValueError, "cell"),
+        ({"negative_weight": -1.0}, ValueError, "negative_weight must be finite"),
+        ({"coord_weight": "2"}, TypeError, "coord_weight must be a number"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        FCRNLoss(**settings)
+
+
+def test_the_callback_wants_a_schedule() -> None:
+    with pytest.raises(TypeError, match=r"over loss.module, got float"):
+        NegativeWeightCallback(0.01)  # type: ignore[arg-type]
+
+
+def test_shapes_that_differ_are_refused_by_name() -> None:
+    loss = FCRNLoss(data_format="channels_last")
+    with pytest.raises(ValueError, match="target must have the shape of pred"):
+        loss(torch.zeros(2, 4, 4, 7), torch.zeros(2, 4, 5, 7))
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+@both_formats
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "jit_compile"],
+)
+def test_two_epochs_saved_and_loaded(data_format: str, compiled: bool, tmp_path: Path) -> None:
+    pictures, target = (x.cpu() for x in keras_batch(data_format))
+    pictures = pictures[..., :3] if data_format == "channels_last" else pictures[:, :3]
+    keras.utils.set_random_seed(0)
+    head = keras.layers.Conv2D(7, 3, padding="same", data_format=data_format)
+    model = keras.Sequential([keras.Input(pictures.shape[1:]), head])
+    loss = FCRNLoss(data_format=data_format, ignore_value=-1.0)
+    schedule = fcrn_fused.LinearNegativeWeight(loss.module, initial=0.5, total_iters=8)
+    model.compile(optimizer=keras.optimizers.SGD(0.05), loss=loss, jit_compile=compiled)
+    weights = np.array([1.0, 0.5, 1.0, 2.0])
+    history = model.fit(
+        pictures.numpy(),
+        target.numpy(),
+        sample_weight=weights,
+        batch_size=2,
+        epochs=2,
+        verbose=0,
+        callbacks=[NegativeWeightCallback(schedule)],
+    ).history
+    assert schedule.last_step == 4
+    assert history["negative_weight"] == pytest.approx([0.625, 0.75])
+    assert loss.module.negative_weight.item() == 0.75
+    assert all(np.isfinite(history["loss"]))
+    assert history["loss"][1] < history["loss"][0]
+
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert isinstance(loaded.loss, FCRNLoss)
+    assert loaded.loss.get_config() == loss.get_config()
+    np.testing.assert_array_equal(
+        loaded.predict(pictures.numpy(), verbose=0), model.predict(pictures.numpy(), verbose=0)
+    )
+    assert loaded.evaluate(pictures.numpy(), target.numpy(), verbose=0) == pytest.approx(
+        model.evaluate(pictures.numpy(), target.numpy(), verbose=0)
+    )
+    loaded.fit(pictures.numpy(), target.numpy(), verbose=0)  # goes on with optimiser and loss
+
+
+def test_fit_reports_the_mean_of_fcrn_loss() -> None:
+    pictures, target = (x.cpu() for x in keras_batch("channels_last"))
+    head = keras.layers.Conv2D(7, 1, data_format="channels_last")
+    model = keras.Sequential([keras.Input(pictures.shape[1:]), head])
+    model.compile(loss=FCRNLoss(negative_weight=0.1, data_format="channels_last"))
+    reported = model.evaluate(pictures.numpy(), target.numpy(), batch_size=4, verbose=0)
+    pred = torch.as_tensor(model.predict(pictures.numpy(), verbose=0)).movedim(-1, 1)
+    want = fcrn_fused.fcrn_loss(pred, target.movedim(-1, 1), negative_weight=0.1)
+    assert reported == pytest.approx(want.item())
+
+
+# ---- where Keras is not as it should be ---------------------------------------------------------
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_another_backend_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    with pytest.raises(RuntimeError, match="this is Keras on jax; set KERAS_BACKEND=torch"):
+        FCRNLoss()
+
+
+def test_without_keras_the_package_works_and_the_module_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['keras'] = None\n"
+        "import fcrn_fused\n"
+        "try: import fcrn_fused.keras\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    assert "pip install keras" in run(code)
+
+
+def test_the_package_does_not_import_keras() -> None:
+    assert run("import sys, fcrn_fused; print('keras' in sys.modules)").strip() == "False"
