@@ -70,9 +70,9 @@ def fcrn_loss(
         RuntimeError: `backend="fused"` and no compiled kernel serves the input.
     """
     rule: Any = (negative_weight, positive_weight, coord_weight, ignore_value, reduction)
-    if (backend == "auto" or backend == "fused") and _is_plain_eager():
+    if backend == "auto" or backend == "fused":
         try:
-            if _has_kernels(pred):
+            if _goes_straight(pred):
                 return _fused(pred, target, rule, return_stats)
         except torch.OutOfMemoryError:
             raise
@@ -107,16 +107,14 @@ def _fused(
     return result[0]
 
 
-def _is_plain_eager() -> bool:
-    """Nothing is traced, transformed or differentiated forward."""
-    return not (
+def _goes_straight(pred: Tensor) -> bool:
+    """Nothing is traced, transformed or differentiated forward, and there is a kernel."""
+    if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or fwAD._current_level >= 0
-    )
-
-
-def _has_kernels(pred: Tensor) -> bool:
+    ):
+        return False
     if pred.is_cpu:
         return ops.why_not("cpu") is None
     device = pred.device

@@ -108,16 +108,22 @@ def _op_arguments(
     """
     negative_tensor = coord_tensor = None
     if isinstance(negative_weight, Tensor):
-        negative_tensor, negative_weight = _constant(negative_weight), 0.0
-    if isinstance(coord_weight, Tensor):
-        coord_tensor, coord_weight = _constant(coord_weight), ()
-    elif isinstance(coord_weight, (float, int)):
+        if negative_weight.requires_grad:
+            raise ValueError("negative_weight is a constant and must not require grad")
+        negative_tensor, negative_weight = negative_weight, 0.0
+    if isinstance(coord_weight, (float, int)):
         coord_weight = (coord_weight,)
-    elif len(coord_weight) == 1 and pred.shape[1] != 2:  # the operators take one number for all
-        raise ValueError("coord_weight must be one number or one for each pose map, got 1 of them")
-    for number in (negative_weight, positive_weight, *coord_weight):
-        if not isinstance(number, (float, int)):
-            raise TypeError(f"a weight must be a number, got {type(number).__name__}")
+    elif isinstance(coord_weight, Tensor):
+        if coord_weight.requires_grad:
+            raise ValueError("coord_weight is a constant and must not require grad")
+        coord_tensor, coord_weight = coord_weight, ()
+    else:
+        if len(coord_weight) == 1 and pred.shape[1] != 2:  # the operators take one number for all
+            raise ValueError("coord_weight must be one number or one for each pose map, got 1")
+        if not all(isinstance(weight, (float, int)) for weight in coord_weight):
+            raise TypeError("coord_weight must be made of numbers")
+    if not isinstance(positive_weight, (float, int)):
+        raise TypeError(f"positive_weight must be a number, got {type(positive_weight).__name__}")
     if not (ignore_value is None or isinstance(ignore_value, (float, int))):
         raise TypeError(f"ignore_value must be a number, got {type(ignore_value).__name__}")
     return (
@@ -129,12 +135,6 @@ def _op_arguments(
         ignore_value,
         REDUCTIONS.index(reduction),
     )
-
-
-def _constant(weight: Tensor) -> Tensor:
-    if weight.requires_grad:
-        raise ValueError("a weight is a constant and must not require grad; detach() it")
-    return weight
 
 
 def _load() -> tuple[ModuleType | None, dict[str, str | None]]:
