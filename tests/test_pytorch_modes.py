@@ -173,6 +173,51 @@ def test_parameters_and_other_subclasses(impl: Implementation) -> None:
     assert_gradient(named.grad.as_subclass(torch.Tensor), truth.grad, torch.float32)
 
 
+@pytest.fixture
+def _process_group() -> Iterator[None]:
+    """One process alone, which is enough for a DTensor."""
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("backend", ["auto", "fused", "reference"])
+def test_a_dtensor_is_refused_by_name(backend: str) -> None:
+    """Its shards need a decision about the divisor that only the caller can take."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    pred, target = make_batch()
+    mesh = init_device_mesh("cpu", (1,))
+    shards = [distribute_tensor(tensor.detach(), mesh, [Shard(0)]) for tensor in (pred, target)]
+    for arguments in (shards, (shards[0], target), (pred, shards[1])):
+        with pytest.raises(ValueError, match=r"DTensor.*to_local\(\)"):
+            fcrn_fused.fcrn_loss(*arguments, backend=backend)
+    local = fcrn_fused.reference.fcrn_loss(*(shard.to_local() for shard in shards))
+    assert_loss(local, oracle.fcrn_loss(pred, target).loss, torch.float32)
+
+
+def test_a_masked_tensor_is_refused_by_name() -> None:
+    from torch.masked import masked_tensor
+
+    pred, target = make_batch(requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, that these are a prototype
+        masked = masked_tensor(pred, torch.ones_like(pred, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"pred.*MaskedTensor"):
+            fcrn_fused.fcrn_loss(masked, target)
+
+
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(3, 5)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"pred.*jagged"):
+        fcrn_fused.fcrn_loss(nested, nested)
+
+
 def test_a_dispatch_mode_sees_the_loss(impl: Implementation) -> None:
     """FlopCounterMode and its like work over it."""
     from torch.utils.flop_counter import FlopCounterMode
