@@ -88,9 +88,12 @@ def judge(rows: Iterable[dict[str, Any]], device_type: str) -> list[Bar]:
 
 def label(case: Case) -> str:
     """A case in a few words; what is ordinary (float32, contiguous) is left out."""
-    words = [f"({', '.join(map(str, case.size))})", str(case.pattern)]
-    words += [word for word in (case.dtype, case.layout) if word not in ("float32", "contiguous")]
-    return " ".join(words)
+    shares = {"none": "no positive cell", "all": "every cell positive"}
+    positive = f"{case.pattern.percent:g} % {case.pattern.kind}"
+    words = [f"({', '.join(map(str, case.size))})", shares.get(str(case.pattern), positive)]
+    layout = case.layout.replace("_", "-")
+    words += [word for word in (case.dtype, layout) if word not in ("float32", "contiguous")]
+    return ", ".join(words)
 
 
 def _is_plain(case: Case) -> bool:
@@ -161,21 +164,21 @@ def _memory(timings: Timings, case: Case) -> Iterator[Bar]:
 
 
 def _linear(timings: Timings, threads: int) -> Iterator[Bar]:
-    """Cost linear in the cells: the dearest cell over the cheapest, from 2^18 to 10^8 of them.
+    """Time of a cell in the largest grid over that in the next smaller one.
 
-    Below, the fixed cost of a call shows; above a few Mi, that of fresh memory, which the floor
-    pays too: so the cost is counted in floors.
+    Only among grids of 4 Mi cells and more, whose gradients are all fresh memory: below, the cache
+    and the fixed cost of a call make cells cheaper and dearer.
     """
-    shares = {
-        case.cells: share
+    seconds = {
+        case.cells: measured / case.cells
         for case in timings.cases()
-        if _is_plain(case) and case.threads == threads and case.cells >= _MI // 4
-        if (share := timings.floor_share(case))
+        if _is_plain(case) and case.threads == threads and case.cells >= 4 * _MI
+        if (measured := timings.seconds(case, "ours"))
     }
-    if len(shares) >= 3:
-        cells = f"{min(shares)} to {max(shares)} cells"
-        spread = max(shares.values()) / min(shares.values())
-        yield Bar(f"{cells}: dearest cell over cheapest, in floors", 1.5, False, spread)
+    if len(seconds) >= 2:
+        smaller, largest = sorted(seconds)[-2:]
+        promise = f"time of a cell among {largest} over that among {smaller}"
+        yield Bar(promise, 1.25, False, seconds[largest] / seconds[smaller])
 
 
 def _predicted_by_bytes(timings: Timings, threads: int) -> Iterator[Bar]:

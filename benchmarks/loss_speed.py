@@ -60,7 +60,7 @@ CONTENDERS = ("ours", "ours-scaled", "mse_loss", "eager", *COMPILE_MODES, "floor
 STUDIES = {
     # sizes and patterns, in float32 and contiguous, of ours and the floor
     "scaling": (
-        "16x7x24x24 16x7x80x80 16x7x256x256 64x7x400x400 64x7x1248x1248",
+        "16x7x24x24 16x7x80x80 16x7x256x256 64x7x272x272 64x7x400x400 64x7x1248x1248",
         "clustered:2",
     ),
     "positives": (

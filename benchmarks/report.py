@@ -78,11 +78,18 @@ def cpu_speed(records: Sequence[Record]) -> str:
             )
     head = ["input, positive cells", "`F.mse_loss`", "`torch.compile`", "eager PyTorch"]
     table = markdown_table([*head, "share of the floor", "bytes a cell"], rows)
+    shares = [timings.floor_share(case) or 0 for case in timings.cases()]
+    above = (
+        " More than 100 %\nis possible: a large gradient is put in huge pages, whose first touch "
+        "costs less than that\nof the pages that `zero_()` finds."
+        if max(shares, default=0) > 1
+        else ""
+    )
     return (
         "Forward and backward on the CPU: how many times as long the others take in the same\n"
         "run. `F.mse_loss` has no mask and no weight; the others compute the same loss. The floor\n"
         "is PyTorch's own `zero_()` of a fresh gradient and a read of the two confidence maps,\n"
-        f"scaled to the bytes that the input's pattern needs.\n\n{table}\n\n"
+        f"scaled to the bytes that the input's pattern needs.{above}\n\n{table}\n\n"
         + source_line(record, "loss_speed_cpu.json")
     )
 
