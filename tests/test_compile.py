@@ -215,6 +215,21 @@ def test_no_grad_under_compile(impl: Implementation) -> None:
     assert num_graphs() == 1
 
 
+def test_compiled_autograd(impl: Implementation) -> None:
+    """The backward pass traced as well, of a traced forward and of an eager one."""
+    pred, target = make_batch((2, 3, 4, 5), device=impl.device)
+    truth = oracle.fcrn_loss(pred, target, grad_output=3.0)
+    for forward in (impl.loss, compiled(impl.loss)):
+
+        def backward(forward: Callable[..., Any] = forward) -> None:
+            (3 * forward(pred, target)).backward()
+
+        pred.grad = None
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(backward, backend=TRACED)()
+        assert_gradient(pred.grad, truth.grad, torch.float32)
+
+
 def test_second_derivatives_under_compile_say_that_there_are_none(impl: Implementation) -> None:
     """AOTAutograd's limit, not a wrong answer; the eager loss has them."""
     step = compiled(lambda p, t: impl.loss(p, t))
