@@ -9,9 +9,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log is no part of a table
+
+_SLOW = 0.2  # seconds: a call that needs no warming up
 
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
@@ -46,25 +48,42 @@ def wall_clock(
     Rounds are interleaved: every call is timed once (as often as fits in `round_seconds`) before
     any is timed again, forwards and backwards in turn, so that a machine that grows slower or
     a neighbour that leaves the cache full touches all alike. On a GPU the clock stops when the
-    device has finished. Two calls before each round warm up.
+    device has finished. Two calls before each round warm up, but for calls of more than 0.2 s.
     """
-    timers = {
-        key: Timer("call()", globals={"call": call}, num_threads=threads)
+    rounds_of = {
+        key: _round_timer(call, round_seconds=round_seconds, threads=threads)
         for key, call in calls.items()
     }
-    often = {}
-    for key, timer in timers.items():
-        once = timer.timeit(1).mean
-        if once < round_seconds / 10:
-            once = timer.timeit(max(1, int(round_seconds / 10 / once))).mean
-        often[key] = max(1, math.ceil(round_seconds / once))
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for round_ in range(rounds):
-        keys = list(timers)
+        keys = list(rounds_of)
         for key in keys if round_ % 2 == 0 else reversed(keys):
-            seconds[key].append(timers[key].timeit(often[key]).mean)
+            seconds[key].append(rounds_of[key]())
             progress()
     return seconds
+
+
+def _round_timer(call: Call, *, round_seconds: float, threads: int) -> Callable[[], float]:
+    """A function that times one round of a call: mean seconds, as often as fits in the round."""
+
+    def once() -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            start = timer()
+            call()
+            return float(timer() - start)
+        finally:
+            torch.set_num_threads(before)
+
+    if once() > _SLOW:
+        return once
+    many = Timer("call()", globals={"call": call}, num_threads=threads)
+    estimate = many.timeit(1).mean
+    if estimate < round_seconds / 10:
+        estimate = many.timeit(max(1, int(round_seconds / 10 / estimate))).mean
+    often = max(1, math.ceil(round_seconds / estimate))
+    return lambda: float(many.timeit(often).mean)
 
 
 def graph_replays(
