@@ -18,6 +18,8 @@ from pathlib import Path
 import nox
 from nox.virtualenv import PassthroughEnv
 
+nox.needs_version = ">=2025.2.9"  # sessions that require others
+
 ROOT = Path(__file__).parent
 WHEELS = ROOT / "build" / "compat"
 TORCH_VERSIONS = ("2.13.0", "2.14.1")
