@@ -204,18 +204,21 @@ def test_many_blocks_in_many_orders(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "layout",
+    ("shape", "strides", "kernel"),
     [
-        {},
-        {"cells": 13},
-        {"map_stride": (1 << 31) + 1},
-        {"map_stride": (1 << 29) - 20, "cells": 8},  # the last offset is the last of 32 bits
-        {"map_stride": (1 << 29) - 16, "cells": 32},
+        ((2, 3, 16), ((1 << 32) + 80, (1 << 31) + 8), "planar"),
+        ((2, 3, 13), ((1 << 32) + 80, (1 << 31) + 8), "strided"),
+        ((2, 3, 16), ((1 << 32) + 80, (1 << 31) + 1), "strided"),
+        ((2, 2, 3, 8), (32, 16, (1 << 31) + 64), "strided"),
+        # the last offset is the largest for 32 bits, and the one after
+        ((2, 2, 8), ((1 << 31) - 32, 16), "planar"),
+        ((2, 2, 8), ((1 << 31) - 24, 16), "planar"),
     ],
-    ids=str,
 )
-def test_offsets_beyond_32_bits(layout: dict[str, int], dtype: torch.dtype) -> None:
-    check_large("plain", dtype, **layout)
+def test_offsets_beyond_32_bits(
+    shape: tuple[int, ...], strides: tuple[int, ...], kernel: str, dtype: torch.dtype
+) -> None:
+    check_large("plain", dtype, shape=shape, strides=strides, kernel=kernel)
 
 
 # The faults.

@@ -37,6 +37,8 @@ VECTOR_PAIRS = {
 _DENSE = ("contiguous", "channels_last", "transposed")
 _LOSS_RTOL = {torch.float64: 1e-13, torch.float32: 1e-6}  # the reference rounds too
 IGNORE_VALUE = -1.0
+THREADS = 256  # of a block, as the kernels' kThreads
+BLOCKS_PER_MULTIPROCESSOR = 8
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,19 @@ class Batch:
             return "interleaved"
         return "strided"
 
+    def blocks(self, result: Pass) -> int:
+        """How many blocks must share a pass: one thread for each piece of work, up to a limit."""
+        kernel = self.kernel(result)
+        cells = self.positive.numel()
+        width = 16 // min(result.buffers[name].dtype.itemsize for name in ("pred", "target"))
+        work = {
+            "planar": cells // width,
+            "interleaved": cells * self.case.shape[1] // width,
+        }.get(kernel, cells)
+        return min(
+            max(1, -(-work // THREADS)), self.case.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+        )
+
     def _merged_cells(self, result: Pass, views: Sequence[str]) -> int:
         """Cells of a plane, which for C = 1 may be those of the whole batch."""
         spatial = math.prod(self.case.shape[2:])
@@ -370,6 +385,8 @@ def check(
         kernels.update(name.partition("(")[0] for name in done.kernels)
         kernel = f"{batch.kernel(result)}_kernel"
         assert all(kernel in name for name in done.kernels), (kernel, done.kernels)
+        blocks = batch.blocks(result)
+        assert all(name.endswith(f" in {blocks} blocks") for name in done.kernels), done.kernels
         for other in done.results[1:]:
             for name, value in done.results[0].items():
                 assert same_bits(value, other[name]), f"{name} depends on the order of threads"
@@ -381,6 +398,10 @@ def check(
     forward = batch.forward()
     forward_results = outcome(forward)
     assert_results(case, forward_results, for_one, forward)
+
+    for want_stats in (False, True):  # under no_grad
+        for_nothing = batch.forward(want_grad=False, want_stats=want_stats)
+        assert_results(case, outcome(for_nothing), for_one, for_nothing)
 
     wanted = batch.expected(batch.grad_output)["grad"]
     backward = batch.backward()
@@ -408,27 +429,28 @@ def check_large(
     how: str = "plain",
     dtype: torch.dtype = torch.float16,
     *,
-    map_stride: int = (1 << 31) + 8,
-    cells: int = 16,
+    shape: tuple[int, ...] = (2, 3, 16),
+    strides: tuple[int, ...] = ((1 << 32) + 80, (1 << 31) + 8),
+    kernel: str = "planar",
     **options: Any,
 ) -> None:
     """Tensors whose offsets do not fit 32 bits, of which few pages are in memory.
 
-    With the default, the third map of an image lies 2^32 elements after the first: a 32-bit offset
-    finds another map there. Raises as `check` does.
+    `strides` are those of all dimensions but the last. With the default, the third map of an image
+    lies 2^32 elements after the first: a 32-bit offset finds another map there. Raises as `check`.
     """
-    case = Case((2, 3, cells), dtype, reduction="none", positives="scattered", seed=3)
+    case = Case(shape, dtype, reduction="none", positives="scattered", seed=3)
     batch = Batch(case)
     forward, backward = batch.forward(), batch.backward()
     wanted = batch.expected(1.0), batch.expected(batch.grad_output)
+    last_offset = sum(
+        (size - 1) * stride for size, stride in zip(shape, (*strides, 1), strict=True)
+    )
+    index = "long" if last_offset >= 2**31 - 1 else "unsigned int"
     for result, want in zip((forward, backward), wanted, strict=True):
         for name in result.views:
-            result.spread(name, 2 * map_stride + 64, map_stride)
+            result.spread(name, *strides)
         done = run(result, how, SCHEDULES[:1], **options)
-        width = 16 // dtype.itemsize
-        kernel = "planar" if cells % width == 0 and map_stride % width == 0 else "strided"
-        last_offset = 4 * map_stride + 64 + cells - 1
-        index = "long" if last_offset >= 2**31 - 1 else "unsigned int"
         assert f"{kernel}_kernel" in done.kernels[0], done.kernels
         assert index in done.kernels[0], done.kernels
         assert_results(case, done.results[0], want, result)

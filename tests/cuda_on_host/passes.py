@@ -168,21 +168,28 @@ class Pass:
         self.buffers[name] = _Buffer(name, dtype, extent, offset, [], True)
         self.views[name] = (strides, per_cell)
 
-    def spread(self, name: str, image_stride: int, map_stride: int) -> None:
-        """Move the rows of a contiguous (B, C, S) tensor to strides that take gigabytes."""
+    def spread(self, name: str, *strides: int) -> None:
+        """Move the rows of a contiguous (B, C, *S) tensor to strides that take gigabytes.
+
+        `strides` are those of all dimensions but the last.
+        """
         buffer = self.buffers[name]
-        batch, maps, cells = self.shape
-        rows = torch.full((batch * maps, cells * buffer.dtype.itemsize), 0xFF, dtype=torch.uint8)
+        *outer, cells = self.shape
+        places = torch.zeros(outer, dtype=torch.int64)
+        for dim, stride in enumerate(strides):
+            along = [1] * len(outer)
+            along[dim] = outer[dim]
+            places += torch.arange(outer[dim]).reshape(along) * stride
+        rows = torch.full((places.numel(), cells * buffer.dtype.itemsize), 0xFF, dtype=torch.uint8)
         if buffer.pieces:
-            rows = buffer.pieces[0][1].reshape(batch * maps, cells).view(torch.uint8)
-        strides = (image_stride, map_stride, 1)
+            rows = buffer.pieces[0][1].reshape(places.numel(), cells).view(torch.uint8)
         buffer.pieces = [
-            (row // maps * image_stride + row % maps * map_stride, rows[row].view(buffer.dtype))
-            for row in range(batch * maps)
+            (place, row.view(buffer.dtype))
+            for place, row in zip(places.flatten().tolist(), rows, strict=True)
         ]
-        buffer.elements = _extent(self.shape, strides)
+        buffer.elements = _extent(self.shape, (*strides, 1))
         buffer.spread = True
-        self.views[name] = (strides, False)
+        self.views[name] = ((*strides, 1), False)
         self.never_read = [region for region in self.never_read if region[0] != name]
 
     def text(self, schedules: Sequence[Schedule]) -> str:
