@@ -38,10 +38,10 @@ test: $(STAMPS)/built $(STAMPS)/extras $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
 
 bench: $(STAMPS)/built $(STAMPS)/extras
-	$(PY) -m benchmarks.loss_speed $(ARGS)
+	$(PY) benchmarks/loss_speed.py $(ARGS)
 
 gpu: $(STAMPS)/built $(STAMPS)/extras $(STAMPS)/test
-	$(PY) -m benchmarks.gpu $(ARGS)
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 soak: $(STAMPS)/built $(STAMPS)/test
 	$(PY) -m tests.soak $(ARGS)

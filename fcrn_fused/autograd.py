@@ -40,10 +40,9 @@ class FCRNLossFunction(torch.autograd.Function):
         ignore_value: float | None,
         reduction: str,
         return_stats: bool = True,
-    ) -> tuple[Tensor, ...]:
-        needs_pred_grad = ctx.needs_input_grad[0]
+    ) -> Tensor | tuple[Tensor, ...]:
         keep_grad = (
-            needs_pred_grad
+            ctx.needs_input_grad[0]
             and reduction in _SCALAR_REDUCTIONS
             and pred.dtype is not torch.float16
             and not torch.compiler.is_compiling()
@@ -62,26 +61,25 @@ class FCRNLossFunction(torch.autograd.Function):
             result[4] if reduction == "positive" else None,
         )
         if not return_stats:
-            return (result[0],)
+            return result[0]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[1:])
         return tuple(result)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_output = grad_outputs[0]
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:  # the parts of the loss were used, the loss was not
             return (None,) * 8
+        kept_grad = vars(ctx).pop("kept_grad", None)  # given away once
         grad_pred = grad_target = None
         needs_pred, needs_target = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True: must be differentiable in its turn
-            pred, target, *_ = ctx.saved_tensors
+            pred, target = ctx.saved_tensors[:2]
             grad = reference.gradient(grad_output, pred, target, Rule(*ctx.rule))
             grad_pred = grad.to(pred.dtype) if needs_pred else None
             grad_target = -grad.to(target.dtype) if needs_target else None
             return grad_pred, grad_target, None, None, None, None, None, None
 
-        kept_grad = vars(ctx).pop("kept_grad", None)  # given away once
         if (
             kept_grad is not None
             and not needs_target

@@ -97,14 +97,15 @@ def _fused(
     pred: Tensor, target: Tensor, rule: Rule | tuple[Any, ...], return_stats: bool
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
     if torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad):
-        result: Sequence[Tensor] = FCRNLossFunction.apply(  # type: ignore[no-untyped-call]
+        result = FCRNLossFunction.apply(  # type: ignore[no-untyped-call]
             pred, target, *rule, return_stats
         )
+        if not return_stats:
+            loss: Tensor = result
+            return loss
     else:
         result = ops.forward(pred, target, rule, False, return_stats)
-    if return_stats:
-        return result[0], FCRNLossStats(*result[1:])
-    return result[0]
+    return (result[0], FCRNLossStats(*result[1:])) if return_stats else result[0]
 
 
 def _goes_straight(pred: Tensor) -> bool:

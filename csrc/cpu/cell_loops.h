@@ -114,13 +114,14 @@ inline const Acc* whole_block(const T* from, Acc* scratch) {
   }
 }
 
-// The first `count` cells of a block; the rest is 0.
+// The same for the first `count` cells of a block; the rest is 0.
 template <typename Acc, typename T>
-inline void load_block(const T* from, int count, Acc* to) {
-  if (count == kBlock) return load_whole_block(from, to);
+inline const Acc* block_of(const T* from, int count, Acc* scratch) {
+  if (count == kBlock) return whole_block(from, scratch);
   T padded[kBlock] = {};
   memcpy(padded, from, count * sizeof(T));
-  load_whole_block(padded, to);
+  load_whole_block(padded, scratch);
+  return scratch;
 }
 
 // Writes whole 16-byte units, past the caches if asked and if they are aligned.
@@ -172,15 +173,25 @@ inline void store_zeros(T* to, int64_t count, bool stream) {
 
 // ---- sums ---------------------------------------------------------------------------------------
 
-// Errors of one kind, by lanes: `recent` for a while, then `all`.
+// Errors of one kind, by lanes: `recent` for a few blocks, then `all`.
 template <typename Acc>
 struct LaneSums {
   alignas(64) Acc recent[kBlock] = {};
   alignas(64) double all[kBlock] = {};
+  int recent_blocks = 0;
+
+  void add(int lane, Vector<Acc> errors) {
+    put_at(recent + lane, vector_at(recent + lane) + errors);
+  }
+
+  void end_block() {
+    if (++recent_blocks == kBlocksBetweenFlushes) flush();
+  }
 
   void flush() {
     for (int i = 0; i < kBlock; ++i) all[i] += recent[i];
     memset(recent, 0, sizeof(recent));
+    recent_blocks = 0;
   }
 
   double total() {
@@ -352,17 +363,18 @@ class Loops {
     const Target* targets = element<const Target>(pass_.target, image, map, cell);
     Pred* grads = pass_.grad ? element<Pred>(pass_.grad, image, map, cell) : nullptr;
     alignas(64) Acc scratch[2][kBlock], slope[kBlock];
-    V error[kBlock / kLanes<Acc>] = {};
+    V error[kBlock / kLanes<Acc>] = {};  // in registers
     const V weight = splat(rule_.negative_weight), coefficient = splat(conf_.negative);
-    int unflushed = 0;
+    int blocks = 0;
     const auto flush = [&] {
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        put_at(sums.negative_conf.recent + i, error[i / kLanes<Acc>]);
+        sums.negative_conf.add(i, error[i / kLanes<Acc>]);
         error[i / kLanes<Acc>] = V{};
       }
       sums.negative_conf.flush();
-      unflushed = 0;
+      blocks = 0;
     };
+    sums.negative_conf.flush();
     int64_t at = 0;
     for (; at + kBlock <= count; at += kBlock) {
       const Acc* pred = whole_block(preds + at, scratch[0]);
@@ -380,9 +392,9 @@ class Loops {
         put_at(slope + i, counted ? gradient(coefficient, d) : V{});
       }
       if (grads) store_block(grads + at, slope, kBlock, stream_);
-      if (++unflushed == kBlocksBetweenFlushes) flush();
+      if (++blocks == kBlocksBetweenFlushes) flush();
     }
-    if (unflushed > 0) flush();
+    if (blocks > 0) flush();
     return at;
   }
 
@@ -391,12 +403,12 @@ class Loops {
                                CellSums<Acc>& sums) const {
     using V = Vector<Acc>;
     const int64_t map = pass_.grid.maps - 1;
-    alignas(64) Acc pred[kBlock], target[kBlock], error[kBlock], slope[kBlock], scale[kBlock];
-    load_block(element<const Pred>(pass_.pred, image, map, cell), count, pred);
-    load_block(element<const Target>(pass_.target, image, map, cell), count, target);
-    if (per_cell_) {
-      load_block(element<const Acc>(pass_.grad_output, image, map, cell), count, scale);
-    }
+    alignas(64) Acc scratch[3][kBlock], error[kBlock], slope[kBlock];
+    const Acc* pred =
+        block_of(element<const Pred>(pass_.pred, image, map, cell), count, scratch[0]);
+    const Acc* target =
+        block_of(element<const Target>(pass_.target, image, map, cell), count, scratch[1]);
+    const Acc* scale = scales(image, map, cell, count, scratch[2]);
     const Acc* confidence = pass_.kinds_from_pred ? pred : target;
     int num_positive = 0;
     for (int i = 0; i < kBlock; i += kLanes<Acc>) {
@@ -405,12 +417,22 @@ class Loops {
       const V d = vector_at(pred + i) - vector_at(target + i);
       const V weight = positive ? splat(rule_.positive_weight) : splat(rule_.negative_weight);
       V coefficient = positive ? splat(conf_.positive) : splat(conf_.negative);
-      if (per_cell_) coefficient *= vector_at(scale + i);
+      if (scale) coefficient *= vector_at(scale + i);
       put_at(error + i, counted ? weighted_error(weight, d) : V{});
       put_at(slope + i, counted ? gradient(coefficient, d) : V{});
       num_positive += count_set(positive);
     }
-    if (pass_.wants_sums) add_confidence_errors(confidence, error, count, num_positive, sums);
+    if (pass_.wants_sums) {
+      for (int i = count; i < kBlock; ++i) error[i] = 0;
+      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+        const auto positive = is_positive(rule_, vector_at(confidence + i));
+        sums.positive_conf.add(i, positive ? vector_at(error + i) : V{});
+        sums.negative_conf.add(i, positive ? V{} : vector_at(error + i));
+      }
+      sums.positive_conf.end_block();
+      sums.negative_conf.end_block();
+      sums.num_positive += num_positive;
+    }
     if (pass_.grad) store_block(element<Pred>(pass_.grad, image, map, cell), slope, count, stream_);
     if (per_element_error_) {
       store_block(element<Acc>(pass_.errors, image, map, cell), error, count, stream_);
@@ -419,50 +441,33 @@ class Loops {
     return num_positive > 0;
   }
 
-  inline void add_confidence_errors(const Acc* confidence, Acc* error, int count, int num_positive,
-                                    CellSums<Acc>& sums) const {
-    using V = Vector<Acc>;
-    for (int i = count; i < kBlock; ++i) error[i] = 0;
-    const auto add = [](Acc* lanes, V errors) { put_at(lanes, vector_at(lanes) + errors); };
-    sums.num_positive += num_positive;
-    for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-      const auto positive = is_positive(rule_, vector_at(confidence + i));
-      add(sums.positive_conf.recent + i, positive ? vector_at(error + i) : V{});
-      add(sums.negative_conf.recent + i, positive ? V{} : vector_at(error + i));
-    }
-    sums.positive_conf.flush();
-    sums.negative_conf.flush();
-  }
-
   // One pose map of a block with a positive cell.
   inline void pose_block(const PoseMap& pose, int64_t image, int64_t cell, int count,
                          Acc* cell_error, CellSums<Acc>& sums) const {
     using V = Vector<Acc>;
     const int64_t map = pose.map, last_map = pass_.grid.maps - 1;
-    alignas(64) Acc confidence[kBlock], pred[kBlock], target[kBlock], error[kBlock], slope[kBlock],
-        scale[kBlock];
-    if (pass_.kinds_from_pred) {
-      load_block(element<const Pred>(pass_.pred, image, last_map, cell), count, confidence);
-    } else {
-      load_block(element<const Target>(pass_.target, image, last_map, cell), count, confidence);
-    }
-    load_block(element<const Pred>(pass_.pred, image, map, cell), count, pred);
-    load_block(element<const Target>(pass_.target, image, map, cell), count, target);
-    if (per_cell_) {
-      load_block(element<const Acc>(pass_.grad_output, image, map, cell), count, scale);
-    }
+    alignas(64) Acc scratch[4][kBlock], error[kBlock], slope[kBlock];
+    const Acc* confidence =
+        pass_.kinds_from_pred
+            ? block_of(element<const Pred>(pass_.pred, image, last_map, cell), count, scratch[0])
+            : block_of(element<const Target>(pass_.target, image, last_map, cell), count,
+                       scratch[0]);
+    const Acc* pred =
+        block_of(element<const Pred>(pass_.pred, image, map, cell), count, scratch[1]);
+    const Acc* target =
+        block_of(element<const Target>(pass_.target, image, map, cell), count, scratch[2]);
+    const Acc* scale = scales(image, map, cell, count, scratch[3]);
     for (int i = 0; i < kBlock; i += kLanes<Acc>) {
       const auto positive = is_positive(rule_, vector_at(confidence + i));
       const V d = vector_at(pred + i) - vector_at(target + i);
       V coefficient = splat(pose.coefficient);
-      if (per_cell_) coefficient *= vector_at(scale + i);
-      put_at(error + i, positive ? weighted_error(splat(pose.weight), d) : V{});
+      if (scale) coefficient *= vector_at(scale + i);
+      const V e = positive ? weighted_error(splat(pose.weight), d) : V{};
+      sums.coord.add(i, e);
+      put_at(error + i, e);
       put_at(slope + i, positive ? gradient(coefficient, d) : V{});
     }
-    if (pass_.wants_sums) {
-      for (int i = 0; i < kBlock; ++i) sums.coord.recent[i] += error[i];
-      sums.coord.flush();
-    }
+    sums.coord.end_block();
     if (pass_.grad) store_block(element<Pred>(pass_.grad, image, map, cell), slope, count, stream_);
     if (per_element_error_) {
       store_block(element<Acc>(pass_.errors, image, map, cell), error, count, stream_);
@@ -470,6 +475,13 @@ class Loops {
     if (per_cell_error_) {
       for (int i = 0; i < count; ++i) cell_error[i] += error[i];
     }
+  }
+
+  // What a block's gradient is multiplied by, if that differs from cell to cell; else nullptr.
+  inline const Acc* scales(int64_t image, int64_t map, int64_t cell, int count,
+                           Acc* scratch) const {
+    if (!per_cell_) return nullptr;
+    return block_of(element<const Acc>(pass_.grad_output, image, map, cell), count, scratch);
   }
 
   const LossPass pass_;
