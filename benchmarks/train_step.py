@@ -13,8 +13,8 @@ step, and the peak memory of the step. The networks:
     dense       three 3 x 3 convolutions of 16 channels at full resolution: a cell a pixel, the
                 least network that a loss can follow
 
-Where the loss is a hundredth of the step, no loss can make the step faster; the last lines say from
-which grid on it is more than that.
+Where the loss is a hundredth of the step, no loss can make the step faster; the last lines say at
+which grids it is more than that.
 """
 
 from __future__ import annotations
@@ -191,16 +191,18 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Of each network: from which grid on the loss is more than a hundredth of the step."""
+    """Of each network: at which grids the loss is a hundredth of the step or more."""
     sentences = []
     for network in dict.fromkeys(row["network"] for row in rows):
         for loss, name in (("eager", "the eager loss"), ("ours", "the fused loss")):
             of_it = [row for row in rows if (row["network"], row["loss"]) == (network, loss)]
             above = [row for row in of_it if row["share"] >= NOTICEABLE]
             most = max(of_it, key=lambda row: row["share"])
-            if above:
-                grid = min(row["grid"] for row in above)
-                where = f"is 1 % of the step or more from a grid of {grid} x {grid} on"
+            if len(above) == len(of_it):
+                where = "is 1 % of the step or more at every grid measured"
+            elif above:
+                sides = ", ".join(str(row["grid"]) for row in above)
+                where = f"is 1 % of the step or more at grids of {sides} cells a side"
             else:
                 where = "is less than 1 % of the step at every grid measured"
             sentences.append(

@@ -27,7 +27,7 @@ def test_the_conclusion_names_the_grid_from_which_the_loss_counts():
     rows = [row("dense", 16, "eager", 0.001), row("dense", 32, "eager", 0.02)]
     rows += [row("dense", 16, "ours", 0.0001), row("dense", 32, "ours", 0.002)]
     eager, ours = train_step.conclusions(rows)
-    assert "the eager loss is 1 % of the step or more from a grid of 32 x 32 on" in eager
+    assert "the eager loss is 1 % of the step or more at grids of 32 cells a side" in eager
     assert "at most 2.0%, at 32 x 32" in eager
     assert "the ours loss" not in ours
     assert "less than 1 % of the step at every grid" in ours
