@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,45 @@ from .stats import FCRNLossStats
 from .validation import Rule, check, check_backend
 
 
+@overload
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, FCRNLossStats]: ...
+@overload
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, FCRNLossStats]: ...
 def fcrn_loss(
     pred: Tensor,
     target: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,42 @@ from .validation import Rule, check
 _SUMMED_BY_ONE_THREAD = 32_768
 
 
+@overload
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: Literal[True],
+) -> tuple[Tensor, FCRNLossStats]: ...
+@overload
+def fcrn_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    negative_weight: float | Tensor = 1.0,
+    positive_weight: float = 1.0,
+    coord_weight: float | Sequence[float] | Tensor = 1.0,
+    ignore_value: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, FCRNLossStats]: ...
 def fcrn_loss(
     pred: Tensor,
     target: Tensor,
@@ -149,7 +185,7 @@ def _positive_weights(
     else:
         coord = torch.empty(0, dtype=dtype, device=device)
         weights = rule.coord_weight
-        numbers = [weights] * (num_maps - 1) if isinstance(weights, float) else [*weights]
+        numbers = [weights] * (num_maps - 1) if isinstance(weights, (float, int)) else [*weights]
         numbers.append(rule.positive_weight)
     # filled on the device: a copy from the host would synchronise
     filled = [torch.full((1,), number, dtype=dtype, device=device) for number in numbers]
