@@ -57,10 +57,10 @@ wheel: $(STAMPS)/torch
 
 docs: $(STAMPS)/built docs/requirements.txt
 	$(INSTALL) -r docs/requirements.txt
-	$(PY) -m mkdocs build --strict --site-dir docs/_build
+	$(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf build dist runs docs/_build *.egg-info fcrn_fused/*.so
+	rm -rf build dist runs *.egg-info fcrn_fused/*.so
 
 $(STAMPS)/venv:
 ifneq ($(strip $(VENV)),)

@@ -8,7 +8,7 @@
 namespace fcrn {
 
 // Dimensions of the grid left after those that lie in memory as one have been merged.
-constexpr int kMaxSpatialDims = 8;
+constexpr int kMaxSpatialDims = 16;
 
 // The cells of a batch. B is merged with S where the cells of all images lie at one stride, as in
 // channels-last tensors: `images` is then 1.

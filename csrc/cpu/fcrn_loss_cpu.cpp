@@ -48,8 +48,9 @@ bool is_planar(const LossPass& pass) {
 }
 
 // A gradient comes from PyTorch's allocator, and a large one is new to the process each time: its
-// first touch then costs more than the writing, a fault for every 4 KiB. This asks the kernel, where
-// it leaves the choice to the program, to map 2 MiB at a fault. Memory that is mapped stays as it is.
+// first touch then costs more than the writing, a fault for every 4 KiB. This asks the kernel,
+// where it leaves the choice to the program, to map 2 MiB at a fault. What is mapped stays as it
+// is.
 void advise_huge_pages([[maybe_unused]] const TensorView& view, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (!view || bytes < kHugePagesFromBytes) return;
