@@ -120,7 +120,7 @@ def _write_ninja(
     from ninja.ninja_syntax import Writer
 
     csrc = ROOT.absolute() / "csrc"
-    includes = [f"-I{torch_root / 'include'}"]
+    includes = [f"-isystem {torch_root / 'include'}"]
     python_includes = [
         f"-isystem {sysconfig.get_paths()['include']}",
         f"-isystem {pybind11_include}",
@@ -199,8 +199,8 @@ def _cxx() -> str:
 
 def _compiler_problem() -> str | None:
     """Why the CPU kernels cannot be compiled here; None if they can."""
-    if sys.platform not in ("linux", "darwin"):
-        return f"the kernels are built on Linux and macOS only, this is {sys.platform}"
+    if sys.platform != "linux":
+        return f"the kernels are built on Linux only, this is {sys.platform}"
     return _compile_problem([*_cxx().split(), "-std=c++20"], "probe.cpp", "#include <bit>\n")
 
 
