@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from implementations import IMPLEMENTATIONS, Implementation
+
+# Processes that tests start find the package where this one does, installed or not.
+ROOT = str(Path(__file__).resolve().parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # The same examples in every run, so that a change that breaks nothing never fails by chance;
 # `pytest --hypothesis-profile=explore` looks for new ones.
