@@ -101,6 +101,15 @@ class BuildKernels(build_ext):
         if not nvcc:
             _cuda_library(module).unlink(missing_ok=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """What `--inplace` and editable installs do with `_C`, for the CUDA library as well."""
+        super().copy_extensions_to_source()
+        built = _cuda_library(Path(self.build_lib) / "fcrn_fused" / "_C")
+        in_source = ROOT / "fcrn_fused" / built.name
+        in_source.unlink(missing_ok=True)
+        if built.exists():
+            shutil.copy2(built, in_source)
+
 
 def _cuda_library(module: Path) -> Path:
     return module.parent / "fcrn_fused_cuda.so"
