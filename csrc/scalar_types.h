@@ -121,13 +121,17 @@ struct Convert<Half> {
   FCRN_HD static Half from(double value);
 };
 
+// The bits of a float, rounded to those of a bfloat16; NaN keeps its upper bits and is made quiet.
+// `Bits` is uint32_t or, in the CPU's loops, a vector of them.
+template <typename Bits, typename Mask>
+FCRN_HD Bits bfloat16_bits(Bits bits, Mask is_nan) {
+  return (is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
 template <>
 struct Convert<BFloat16> {
   FCRN_HD static BFloat16 from(float value) {
-    const uint32_t bits = bits_from_float(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t nan = (bits >> 16) | 0x40u;
-    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+    return {static_cast<uint16_t>(bfloat16_bits(bits_from_float(value), value != value))};
   }
   FCRN_HD static BFloat16 from(double value);
 };

@@ -3,10 +3,14 @@
 //
 // A block of 16 cells, one cache line of float32, is the unit of everything: where none of its
 // cells is positive, the pose maps are not read at all. A block is computed in vectors of the
-// machine's width. Errors are added up in 16 lanes, for at most 128 cells in the accumulator's type
+// machine's width. Errors are added up in 16 lanes, for at most 8 blocks in the accumulator's type
 // and from there on in double; the lanes are added in order at the end.
+//
+// What is written goes through a row, a map of a chunk, that stays in the first-level cache: the
+// loops have no branch that depends on where the positive cells are, and memory sees whole rows.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "fcrn_loss_cpu.h"
@@ -21,6 +25,7 @@ namespace {
 constexpr int kBlock = 16;
 constexpr int kChunkBlocks = kChunkCells / kBlock;
 constexpr int kBlocksBetweenFlushes = 8;
+constexpr int kBlocksAhead = 8;  // asked for while one is computed
 
 // ---- vectors ------------------------------------------------------------------------------------
 
@@ -44,22 +49,20 @@ template <typename Acc>
 using Vector = typename VectorOf<Acc>::type;
 template <typename Acc>
 constexpr int kLanes = kVectorBytes / sizeof(Acc);
-
-template <typename Acc>
-inline Vector<Acc> vector_at(const Acc* from) {
-  Vector<Acc> vector;
-  memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-template <typename Acc>
-inline void put_at(Acc* to, Vector<Acc> vector) {
-  memcpy(to, &vector, sizeof(vector));
-}
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t UpperBits __attribute__((vector_size(kVectorBytes / 2)));
 
 template <typename Acc>
 inline Vector<Acc> splat(Acc value) {
   return Vector<Acc>{} + value;
+}
+
+// Which lanes of the vector at `lane` of a block belong to its first `size` cells.
+template <typename Acc>
+inline auto is_inside(int lane, int size) {
+  Vector<Acc> lanes;
+  for (int i = 0; i < kLanes<Acc>; ++i) lanes[i] = static_cast<Acc>(i);
+  return lanes < splat(static_cast<Acc>(size - lane));
 }
 
 // Number of lanes that are set in a mask.
@@ -78,134 +81,128 @@ inline int count_set(Mask mask) {
 #endif
 }
 
-template <typename Mask>
-inline bool any_set(Mask mask) {
-#if defined(__AVX2__)
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
-#else
-  return count_set(mask) != 0;
-#endif
-}
-
 // ---- memory -------------------------------------------------------------------------------------
 
+// A vector of elements in the type of the arithmetic. GCC vectorises the conversions of single
+// elements, but no longer where they are inlined into the loops: those used most are written out.
 template <typename Acc, typename T>
-inline void load_whole_block(const T* from, Acc* to) {
-#if defined(__F16C__)
-  if constexpr (DTypeOf<T>::value == DType::float16 && sizeof(Acc) == sizeof(float)) {
-    for (int i = 0; i < kBlock; i += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
-    }
-    return;
-  }
-#endif
-  for (int i = 0; i < kBlock; ++i) to[i] = Convert<Acc>::from(from[i]);
-}
-
-// A whole block in the type of the arithmetic: where it lies if it is in that, else in `scratch`.
-template <typename Acc, typename T>
-inline const Acc* whole_block(const T* from, Acc* scratch) {
+inline Vector<Acc> load(const T* from) {
+  constexpr bool is_float = DTypeOf<Acc>::value == DType::float32;
+  Vector<Acc> values;
   if constexpr (DTypeOf<T>::value == DTypeOf<Acc>::value) {
-    return from;
-  } else {
-    load_whole_block(from, scratch);
-    return scratch;
-  }
-}
-
-// The same for the first `count` cells of a block; the rest is 0.
-template <typename Acc, typename T>
-inline const Acc* block_of(const T* from, int count, Acc* scratch) {
-  if (count == kBlock) return whole_block(from, scratch);
-  T padded[kBlock] = {};
-  memcpy(padded, from, count * sizeof(T));
-  load_whole_block(padded, scratch);
-  return scratch;
-}
-
-// Writes whole 16-byte units, past the caches if asked and if they are aligned.
-template <int kBytes>
-inline void store_bytes(void* to, const void* from, bool stream) {
-#if defined(__x86_64__)
-  if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    for (int i = 0; i < kBytes; i += 16) {
-      const auto* unit = reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
-                       _mm_load_si128(unit));
-    }
-    return;
-  }
+    memcpy(&values, from, sizeof(values));
+  } else if constexpr (is_float && DTypeOf<T>::value == DType::bfloat16) {
+#if defined(__AVX2__)
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    values = reinterpret_cast<Vector<Acc>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+    UpperBits bits;
+    memcpy(&bits, from, sizeof(bits));
+    values = reinterpret_cast<Vector<Acc>>(__builtin_convertvector(bits, FloatBits) << 16);
 #endif
-  memcpy(to, from, kBytes);
-}
-
-template <typename T, typename Acc>
-inline void store_block(T* to, const Acc* from, int count, bool stream) {
-  alignas(64) T block[kBlock];
 #if defined(__F16C__)
-  if constexpr (DTypeOf<T>::value == DType::float16 && sizeof(Acc) == sizeof(float)) {
-    for (int i = 0; i < kBlock; i += 8) {
-      const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_store_si128(reinterpret_cast<__m128i*>(block + i), halves);
-    }
-  } else
+  } else if constexpr (is_float && DTypeOf<T>::value == DType::float16) {
+    values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
-    for (int i = 0; i < kBlock; ++i) block[i] = Convert<T>::from(from[i]);
-  if (count == kBlock) {
-    store_bytes<sizeof(block)>(to, block, stream);
   } else {
-    memcpy(to, block, count * sizeof(T));
+    for (int i = 0; i < kLanes<Acc>; ++i) values[i] = Convert<Acc>::from(from[i]);
+  }
+  return values;
+}
+
+// The other way round.
+template <typename Acc, typename T>
+inline void store(T* to, Vector<Acc> values) {
+  constexpr bool is_float = DTypeOf<Acc>::value == DType::float32;
+  if constexpr (DTypeOf<T>::value == DTypeOf<Acc>::value) {
+    memcpy(to, &values, sizeof(values));
+  } else if constexpr (is_float && DTypeOf<T>::value == DType::bfloat16) {
+    const auto rounded = bfloat16_bits(reinterpret_cast<FloatBits>(values), values != values);
+    const auto bits = __builtin_convertvector(rounded, UpperBits);
+    memcpy(to, &bits, sizeof(bits));
+#if defined(__F16C__)
+  } else if constexpr (is_float && DTypeOf<T>::value == DType::float16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  } else {
+    for (int i = 0; i < kLanes<Acc>; ++i) to[i] = Convert<T>::from(values[i]);
   }
 }
 
+// The cells of a block, where they lie if it is a whole one, else in `padded`: followed by zeros.
 template <typename T>
-inline void store_zeros(T* to, int64_t count, bool stream) {
-  if (!stream) {
-    memset(to, 0, count * sizeof(T));
-    return;
+inline const T* block_of(const T* from, int size, T (&padded)[kBlock]) {
+  if (size == kBlock) return from;
+  memcpy(padded, from, size * sizeof(T));
+  memset(padded + size, 0, (kBlock - size) * sizeof(T));
+  return padded;
+}
+
+#if defined(__x86_64__)
+// Writes a cache line past the caches.
+inline void stream_line(char* to, const char* from) {
+#if defined(__AVX2__)
+  for (int i = 0; i < 64; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
   }
-  alignas(64) static constexpr char zeros[kBlock * sizeof(T)] = {};
-  int64_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) store_bytes<sizeof(zeros)>(to + i, zeros, true);
-  memset(to + i, 0, (count - i) * sizeof(T));
+#else
+  for (int i = 0; i < 64; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+#endif
+}
+#endif
+
+// Copies a row to where it is wanted, past the caches if asked.
+inline void store_row(void* to, const void* row, int64_t bytes, [[maybe_unused]] bool stream) {
+  auto* out = static_cast<char*>(to);
+  const auto* in = static_cast<const char*>(row);
+#if defined(__x86_64__)
+  constexpr int64_t kLine = 64;
+  if (stream) {
+    const int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(to) & (kLine - 1), bytes);
+    memcpy(out, in, head);
+    for (out += head, in += head, bytes -= head; bytes >= kLine;
+         out += kLine, in += kLine, bytes -= kLine) {
+      stream_line(out, in);
+    }
+  }
+#endif
+  memcpy(out, in, bytes);
 }
 
 // ---- sums ---------------------------------------------------------------------------------------
 
-// Errors of one kind, by lanes: `recent` for a few blocks, then `all`.
+// Errors of a few blocks, by lanes.
 template <typename Acc>
+using BlockErrors = Vector<Acc>[kBlock / kLanes<Acc>];
+
+// Errors of one kind, by lanes.
 struct LaneSums {
-  alignas(64) Acc recent[kBlock] = {};
-  alignas(64) double all[kBlock] = {};
-  int recent_blocks = 0;
+  alignas(64) double lanes[kBlock] = {};
 
-  void add(int lane, Vector<Acc> errors) {
-    put_at(recent + lane, vector_at(recent + lane) + errors);
-  }
-
-  void end_block() {
-    if (++recent_blocks == kBlocksBetweenFlushes) flush();
-  }
-
-  void flush() {
-    for (int i = 0; i < kBlock; ++i) all[i] += recent[i];
-    memset(recent, 0, sizeof(recent));
-    recent_blocks = 0;
+  // Takes over what came together in a few blocks.
+  template <typename V, size_t kVectors>
+  void take(V (&errors)[kVectors]) {
+    alignas(64) decltype(errors[0][0] + 0) recent[kBlock];
+    memcpy(recent, errors, sizeof(recent));
+    for (int i = 0; i < kBlock; ++i) lanes[i] += recent[i];
+    memset(errors, 0, sizeof(errors));
   }
 
   double total() {
-    flush();
     for (int width = kBlock / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) all[i] += all[i + width];
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     }
-    return all[0];
+    return lanes[0];
   }
 };
 
-template <typename Acc>
 struct CellSums {
-  LaneSums<Acc> coord, positive_conf, negative_conf;
+  LaneSums coord, positive_conf, negative_conf;
   int64_t num_positive = 0;
 };
 
@@ -232,47 +229,26 @@ class Loops {
         stream_(plan.stream) {}
 
   // Cells [begin, end) of an image, all tensors planar: first the confidences, then map by map.
-  void planar(int64_t image, int64_t begin, int64_t end, CellSums<Acc>& sums) const {
-    bool block_is_positive[kChunkBlocks];
-    alignas(64) Acc cell_error[kChunkCells];
-    const int64_t last_map = pass_.grid.maps - 1;
-    const int64_t count = end - begin;
-    for (int64_t at = 0; at < count; at += kBlock) {
-      for (const int64_t end_of_run = at + negative_blocks(image, begin + at, count - at, sums);
-           at < end_of_run; at += kBlock) {
-        block_is_positive[at / kBlock] = false;
-      }
-      if (at == count) break;
-      block_is_positive[at / kBlock] =
-          confidence_block(image, begin + at, block_size(count - at), cell_error + at, sums);
-    }
+  void planar(int64_t image, int64_t begin, int64_t end, CellSums& sums) const {
+    const int64_t count = end - begin, last_map = pass_.grid.maps - 1;
+    Rows rows;
+    confidences(image, begin, count, rows, sums);
+    store_rows(image, last_map, begin, count, rows);
+    // Where no cell is positive the rows stay zero; elsewhere each map overwrites the one before.
+    if (last_map > 0) rows.clear(count);
     for (int64_t map = 0; map < last_map; ++map) {
-      const PoseMap pose = pose_map(map);
-      for (int64_t at = 0; at < count;) {
-        if (block_is_positive[at / kBlock]) {
-          pose_block(pose, image, begin + at, block_size(count - at), cell_error + at, sums);
-          at += kBlock;
-          continue;
-        }
-        const int64_t run_begin = at;
-        while (at < count && !block_is_positive[at / kBlock]) at += kBlock;
-        const int64_t run = (at < count ? at : count) - run_begin;
-        if (pass_.grad && !pass_.grad_is_for_one) {
-          store_zeros(element<Pred>(pass_.grad, image, map, begin + run_begin), run, stream_);
-        }
-        if (per_element_error_) {
-          store_zeros(element<Acc>(pass_.errors, image, map, begin + run_begin), run, stream_);
-        }
-      }
+      pose(image, map, begin, count, rows, sums);
+      store_rows(image, map, begin, count, rows);
     }
     if (per_cell_error_) {
-      Acc* errors = element<Acc>(pass_.errors, image, 0, begin);
-      for (int64_t i = 0; i < count; ++i) errors[i] = cell_error[i] / pass_.grid.maps;
+      for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= pass_.grid.maps;
+      store_row(element<Acc>(pass_.errors, image, 0, begin), rows.cell_errors, count * sizeof(Acc),
+                stream_);
     }
   }
 
   // Cells [begin, end) of an image, any strides: cell by cell.
-  void strided(int64_t image, int64_t begin, int64_t end, CellSums<Acc>& sums) const {
+  void strided(int64_t image, int64_t begin, int64_t end, CellSums& sums) const {
     const Grid& grid = pass_.grid;
     const int64_t last_map = grid.maps - 1;
     for (int64_t cell = begin; cell < end; ++cell) {
@@ -297,7 +273,7 @@ class Loops {
                                         target[map * pass_.target.map_stride]);
           error = weighted_error(pose.weight, d);
           slope = gradient(scaled(pose.coefficient, grad_output, map), d);
-          sums.coord.all[lane] += error;
+          sums.coord.lanes[lane] += error;
           cell_error += error;
         }
         if (grad && (positive || !pass_.grad_is_for_one)) {
@@ -311,7 +287,7 @@ class Loops {
         error = weighted_error(positive ? rule_.positive_weight : rule_.negative_weight, d);
         slope =
             gradient(scaled(positive ? conf_.positive : conf_.negative, grad_output, last_map), d);
-        (positive ? sums.positive_conf : sums.negative_conf).all[lane] += error;
+        (positive ? sums.positive_conf : sums.negative_conf).lanes[lane] += error;
         sums.num_positive += positive;
       }
       if (grad) grad[last_map * pass_.grad.map_stride] = Convert<Pred>::from(slope);
@@ -341,148 +317,166 @@ class Loops {
   }
 
   struct PoseMap {
-    int64_t map;
     Acc weight, coefficient;
   };
 
   PoseMap pose_map(int64_t map) const {
     const double weight = pass_.coord_weights.value(map);
-    return {map, static_cast<Acc>(weight), coefficient(weight)};
+    return {static_cast<Acc>(weight), coefficient(weight)};
   }
+
+  // What is written of a chunk: its blocks with a positive cell, and one map of the results.
+  struct Rows {
+    int num_positive_blocks = 0;
+    int positive_blocks[kChunkBlocks];  // their first cells, counted from the chunk's
+    alignas(64) Pred slopes[kChunkCells];
+    alignas(64) Acc errors[kChunkCells];
+    alignas(64) Acc cell_errors[kChunkCells];  // added up over the maps
+
+    void clear(int64_t count) {
+      memset(slopes, 0, count * sizeof(Pred));
+      memset(errors, 0, count * sizeof(Acc));
+    }
+  };
 
   static int block_size(int64_t left) { return left < kBlock ? static_cast<int>(left) : kBlock; }
 
-  // The confidences of the whole blocks from `cell` on that have no positive cell, up to the first
-  // that has one: nearly all of them. Returns their number of cells.
-  inline int64_t negative_blocks(int64_t image, int64_t cell, int64_t count,
-                                 CellSums<Acc>& sums) const {
-    using V = Vector<Acc>;
-    if (per_cell_ || per_cell_error_ || per_element_error_) return 0;
-    const int64_t map = pass_.grid.maps - 1;
-    const Pred* preds = element<const Pred>(pass_.pred, image, map, cell);
-    const Target* targets = element<const Target>(pass_.target, image, map, cell);
-    Pred* grads = pass_.grad ? element<Pred>(pass_.grad, image, map, cell) : nullptr;
-    alignas(64) Acc scratch[2][kBlock], slope[kBlock];
-    V error[kBlock / kLanes<Acc>] = {};  // in registers
-    const V weight = splat(rule_.negative_weight), coefficient = splat(conf_.negative);
-    int blocks = 0;
-    const auto flush = [&] {
-      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        sums.negative_conf.add(i, error[i / kLanes<Acc>]);
-        error[i / kLanes<Acc>] = V{};
-      }
-      sums.negative_conf.flush();
-      blocks = 0;
-    };
-    sums.negative_conf.flush();
-    int64_t at = 0;
-    for (; at + kBlock <= count; at += kBlock) {
-      const Acc* pred = whole_block(preds + at, scratch[0]);
-      const Acc* target = whole_block(targets + at, scratch[1]);
-      const Acc* confidence = pass_.kinds_from_pred ? pred : target;
-      auto positive = is_positive(rule_, vector_at(confidence));
-      for (int i = kLanes<Acc>; i < kBlock; i += kLanes<Acc>) {
-        positive |= is_positive(rule_, vector_at(confidence + i));
-      }
-      if (any_set(positive)) break;
-      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        const auto counted = is_counted(rule_, vector_at(confidence + i));
-        const V d = vector_at(pred + i) - vector_at(target + i);
-        error[i / kLanes<Acc>] += counted ? weighted_error(weight, d) : V{};
-        put_at(slope + i, counted ? gradient(coefficient, d) : V{});
-      }
-      if (grads) store_block(grads + at, slope, kBlock, stream_);
-      if (++blocks == kBlocksBetweenFlushes) flush();
-    }
-    if (blocks > 0) flush();
-    return at;
-  }
-
-  // The confidences of a block; true if a cell of it is positive.
-  inline bool confidence_block(int64_t image, int64_t cell, int count, Acc* cell_error,
-                               CellSums<Acc>& sums) const {
+  // Confidences of `count` cells: lists the blocks that have a positive cell.
+  void confidences(int64_t image, int64_t begin, int64_t count, Rows& rows, CellSums& sums) const {
     using V = Vector<Acc>;
     const int64_t map = pass_.grid.maps - 1;
-    alignas(64) Acc scratch[3][kBlock], error[kBlock], slope[kBlock];
-    const Acc* pred =
-        block_of(element<const Pred>(pass_.pred, image, map, cell), count, scratch[0]);
-    const Acc* target =
-        block_of(element<const Target>(pass_.target, image, map, cell), count, scratch[1]);
-    const Acc* scale = scales(image, map, cell, count, scratch[2]);
-    const Acc* confidence = pass_.kinds_from_pred ? pred : target;
-    int num_positive = 0;
-    for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-      const auto positive = is_positive(rule_, vector_at(confidence + i));
-      const auto counted = is_counted(rule_, vector_at(confidence + i));
-      const V d = vector_at(pred + i) - vector_at(target + i);
-      const V weight = positive ? splat(rule_.positive_weight) : splat(rule_.negative_weight);
-      V coefficient = positive ? splat(conf_.positive) : splat(conf_.negative);
-      if (scale) coefficient *= vector_at(scale + i);
-      put_at(error + i, counted ? weighted_error(weight, d) : V{});
-      put_at(slope + i, counted ? gradient(coefficient, d) : V{});
-      num_positive += count_set(positive);
-    }
-    if (pass_.wants_sums) {
-      for (int i = count; i < kBlock; ++i) error[i] = 0;
+    const Pred* preds = element<const Pred>(pass_.pred, image, map, begin);
+    const Target* targets = element<const Target>(pass_.target, image, map, begin);
+    const CellRule<Acc> rule = rule_;
+    const V negative_weight = splat(rule.negative_weight), negative = splat(conf_.negative);
+    const V positive_weight = splat(rule.positive_weight), positive = splat(conf_.positive);
+    Pred padded_pred[kBlock];
+    Target padded_target[kBlock];
+    BlockErrors<Acc> positive_errors = {}, negative_errors = {};
+    int num_blocks = 0;
+    for (int64_t at = 0, block = 1; at < count; at += kBlock, ++block) {
+      const int size = block_size(count - at);
+      const Pred* pred = block_of(preds + at, size, padded_pred);
+      const Target* target = block_of(targets + at, size, padded_target);
+      const Scales scale(*this, image, map, begin + at, size);
+      int num_positive = 0;
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        const auto positive = is_positive(rule_, vector_at(confidence + i));
-        sums.positive_conf.add(i, positive ? vector_at(error + i) : V{});
-        sums.negative_conf.add(i, positive ? V{} : vector_at(error + i));
+        const V p = load<Acc>(pred + i), t = load<Acc>(target + i), d = p - t;
+        const V confidence = pass_.kinds_from_pred ? p : t;
+        const auto is_pos = is_positive(rule, confidence);
+        const auto counts = is_counted(rule, confidence) & is_inside<Acc>(i, size);
+        const V error =
+            counts ? weighted_error(is_pos ? positive_weight : negative_weight, d) : V{};
+        const V coefficient = scale.times(is_pos ? positive : negative, i);
+        store<Acc>(rows.slopes + at + i, counts ? gradient(coefficient, d) : V{});
+        positive_errors[i / kLanes<Acc>] += is_pos ? error : V{};
+        negative_errors[i / kLanes<Acc>] += is_pos ? V{} : error;
+        if (per_element_error_) store<Acc>(rows.errors + at + i, error);
+        if (per_cell_error_) store<Acc>(rows.cell_errors + at + i, error);
+        num_positive += count_set(is_pos);
       }
-      sums.positive_conf.end_block();
-      sums.negative_conf.end_block();
       sums.num_positive += num_positive;
+      rows.positive_blocks[num_blocks] = static_cast<int>(at);
+      num_blocks += num_positive > 0;
+      if (block % kBlocksBetweenFlushes == 0 || at + kBlock >= count) {
+        sums.positive_conf.take(positive_errors);
+        sums.negative_conf.take(negative_errors);
+      }
     }
-    if (pass_.grad) store_block(element<Pred>(pass_.grad, image, map, cell), slope, count, stream_);
-    if (per_element_error_) {
-      store_block(element<Acc>(pass_.errors, image, map, cell), error, count, stream_);
-    }
-    if (per_cell_error_) memcpy(cell_error, error, count * sizeof(Acc));
-    return num_positive > 0;
+    rows.num_positive_blocks = num_blocks;
   }
 
-  // One pose map of a block with a positive cell.
-  inline void pose_block(const PoseMap& pose, int64_t image, int64_t cell, int count,
-                         Acc* cell_error, CellSums<Acc>& sums) const {
+  // Asks for what the block that comes a few later will read, in this map or in the next. Always
+  // inlined: GCC 12 takes a call that does nothing but prefetch for one without an effect.
+  __attribute__((always_inline)) void ask_ahead(const Rows& rows, int block, const Pred* preds,
+                                                const Target* targets) const {
+    const int ahead = block + kBlocksAhead, beyond = ahead - rows.num_positive_blocks;
+    const bool in_next_map = beyond >= 0;
+    const int at = rows.positive_blocks[in_next_map ? std::min(beyond, block) : ahead];
+    __builtin_prefetch(preds + at + (in_next_map ? pass_.pred.map_stride : 0));
+    __builtin_prefetch(targets + at + (in_next_map ? pass_.target.map_stride : 0));
+  }
+
+  // One pose map of the blocks that have a positive cell.
+  void pose(int64_t image, int64_t map, int64_t begin, int64_t count, Rows& rows,
+            CellSums& sums) const {
     using V = Vector<Acc>;
-    const int64_t map = pose.map, last_map = pass_.grid.maps - 1;
-    alignas(64) Acc scratch[4][kBlock], error[kBlock], slope[kBlock];
-    const Acc* confidence =
-        pass_.kinds_from_pred
-            ? block_of(element<const Pred>(pass_.pred, image, last_map, cell), count, scratch[0])
-            : block_of(element<const Target>(pass_.target, image, last_map, cell), count,
-                       scratch[0]);
-    const Acc* pred =
-        block_of(element<const Pred>(pass_.pred, image, map, cell), count, scratch[1]);
-    const Acc* target =
-        block_of(element<const Target>(pass_.target, image, map, cell), count, scratch[2]);
-    const Acc* scale = scales(image, map, cell, count, scratch[3]);
-    for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-      const auto positive = is_positive(rule_, vector_at(confidence + i));
-      const V d = vector_at(pred + i) - vector_at(target + i);
-      V coefficient = splat(pose.coefficient);
-      if (scale) coefficient *= vector_at(scale + i);
-      const V e = positive ? weighted_error(splat(pose.weight), d) : V{};
-      sums.coord.add(i, e);
-      put_at(error + i, e);
-      put_at(slope + i, positive ? gradient(coefficient, d) : V{});
-    }
-    sums.coord.end_block();
-    if (pass_.grad) store_block(element<Pred>(pass_.grad, image, map, cell), slope, count, stream_);
-    if (per_element_error_) {
-      store_block(element<Acc>(pass_.errors, image, map, cell), error, count, stream_);
-    }
-    if (per_cell_error_) {
-      for (int i = 0; i < count; ++i) cell_error[i] += error[i];
+    const int64_t last_map = pass_.grid.maps - 1;
+    const PoseMap pose = pose_map(map);
+    const V weight = splat(pose.weight);
+    const CellRule<Acc> rule = rule_;
+    const Pred* preds = element<const Pred>(pass_.pred, image, map, begin);
+    const Target* targets = element<const Target>(pass_.target, image, map, begin);
+    const Pred* pred_confs = element<const Pred>(pass_.pred, image, last_map, begin);
+    const Target* target_confs = element<const Target>(pass_.target, image, last_map, begin);
+    Pred padded_pred[kBlock], padded_pred_conf[kBlock];
+    Target padded_target[kBlock], padded_target_conf[kBlock];
+    BlockErrors<Acc> errors = {};
+    const int num_blocks = rows.num_positive_blocks;
+    for (int block = 0; block < num_blocks; ++block) {
+      ask_ahead(rows, block, preds, targets);
+      const int64_t at = rows.positive_blocks[block];
+      const int size = block_size(count - at);
+      const Pred* pred = block_of(preds + at, size, padded_pred);
+      const Target* target = block_of(targets + at, size, padded_target);
+      const Pred* pred_conf = block_of(pred_confs + at, size, padded_pred_conf);
+      const Target* target_conf = block_of(target_confs + at, size, padded_target_conf);
+      const Scales scale(*this, image, map, begin + at, size);
+      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+        const auto is_pos = is_positive(
+            rule, pass_.kinds_from_pred ? load<Acc>(pred_conf + i) : load<Acc>(target_conf + i));
+        const V d = load<Acc>(pred + i) - load<Acc>(target + i);
+        const V error = is_pos ? weighted_error(weight, d) : V{};
+        const V coefficient = scale.times(splat(pose.coefficient), i);
+        store<Acc>(rows.slopes + at + i, is_pos ? gradient(coefficient, d) : V{});
+        errors[i / kLanes<Acc>] += error;
+        if (per_element_error_) store<Acc>(rows.errors + at + i, error);
+        if (per_cell_error_) {
+          Acc* sum = rows.cell_errors + at + i;
+          store<Acc>(sum, load<Acc>(sum) + error);
+        }
+      }
+      if ((block + 1) % kBlocksBetweenFlushes == 0 || block + 1 == num_blocks) {
+        sums.coord.take(errors);
+      }
     }
   }
 
-  // What a block's gradient is multiplied by, if that differs from cell to cell; else nullptr.
-  inline const Acc* scales(int64_t image, int64_t map, int64_t cell, int count,
-                           Acc* scratch) const {
-    if (!per_cell_) return nullptr;
-    return block_of(element<const Acc>(pass_.grad_output, image, map, cell), count, scratch);
+  void store_rows(int64_t image, int64_t map, int64_t begin, int64_t count,
+                  const Rows& rows) const {
+    if (per_element_error_) {
+      store_row(element<Acc>(pass_.errors, image, map, begin), rows.errors, count * sizeof(Acc),
+                stream_);
+    }
+    if (!pass_.grad) return;
+    Pred* grads = element<Pred>(pass_.grad, image, map, begin);
+    if (!pass_.grad_is_for_one || map == pass_.grid.maps - 1) {
+      store_row(grads, rows.slopes, count * sizeof(Pred), stream_);
+      return;
+    }
+    for (int block = 0; block < rows.num_positive_blocks; ++block) {
+      const int64_t at = rows.positive_blocks[block];
+      memcpy(grads + at, rows.slopes + at, block_size(count - at) * sizeof(Pred));
+    }
   }
+
+  // What the gradients of a block are multiplied by, if that differs from cell to cell.
+  class Scales {
+   public:
+    Scales(const Loops& loops, int64_t image, int64_t map, int64_t cell, int size)
+        : values_(loops.per_cell_
+                      ? block_of(element<const Acc>(loops.pass_.grad_output, image, map, cell),
+                                 size, padded_)
+                      : nullptr) {}
+
+    Vector<Acc> times(Vector<Acc> coefficient, int lane) const {
+      return values_ ? coefficient * load<Acc>(values_ + lane) : coefficient;
+    }
+
+   private:
+    Acc padded_[kBlock];
+    const Acc* const values_;
+  };
 
   const LossPass pass_;
   const CellRule<Acc> rule_;
@@ -503,7 +497,7 @@ void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums
     const int64_t chunk_begin = chunk * kChunkCells;
     const int64_t chunk_end =
         chunk_begin + kChunkCells < all_cells ? chunk_begin + kChunkCells : all_cells;
-    CellSums<Acc> sums_of_chunk;
+    CellSums sums_of_chunk;
     for (int64_t at = chunk_begin; at < chunk_end;) {
       const int64_t image = at / grid.cells, begin = at % grid.cells;
       const int64_t left = chunk_end - at;

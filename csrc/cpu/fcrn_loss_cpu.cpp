@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 #if defined(__linux__)
@@ -13,9 +15,9 @@
 namespace fcrn::cpu {
 namespace {
 
-// From this many bytes written on, a write past the caches is cheaper: the gradient would not stay
-// in them until it is read, and a plain store reads the line that it overwrites.
-constexpr int64_t kStreamFromBytes = int64_t{8} << 20;
+// From this many bytes written on, a write past the caches is cheaper: a plain store reads the line
+// that it overwrites. Below, whoever reads the gradient next would find it in them, and gains more.
+constexpr int64_t kStreamFromBytes = int64_t{12} << 20;
 
 // From this many bytes on, memory that is new to the process is asked for in huge pages.
 constexpr int64_t kHugePagesFromBytes = int64_t{4} << 20;
@@ -23,9 +25,14 @@ constexpr int64_t kHugePagesFromBytes = int64_t{4} << 20;
 // Cells worth a thread of their own.
 constexpr int64_t kGrainCells = 8192;
 
+// Like PyTorch's own kernels, those here keep to the baseline if ATEN_CPU_CAPABILITY says so.
 bool has_avx2() {
 #if defined(__x86_64__)
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  static const bool has = [] {
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+    if (capability && std::string_view(capability) == "default") return false;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  }();
   return has;
 #else
   return false;
@@ -62,6 +69,14 @@ void advise_huge_pages([[maybe_unused]] const TensorView& view, [[maybe_unused]]
 #endif
 }
 
+// Bytes of the gradient, or else of the errors; no pass writes both.
+int64_t bytes_written(const LossPass& pass, int64_t cells) {
+  const TensorView& written = pass.grad ? pass.grad : pass.errors;
+  if (!written || pass.grad_is_for_one) return 0;
+  const bool one_per_cell = !pass.grad && pass.reduction == Reduction::cell;
+  return cells * (one_per_cell ? 1 : pass.grid.maps) * size_of(written.dtype);
+}
+
 template <typename Acc>
 void write_sums(const LossPass& pass, const ChunkSums& sums) {
   const auto write = [](void* to, double value) {
@@ -89,12 +104,9 @@ void run(const LossPass& pass) {
 
   const Grid& grid = pass.grid;
   const int64_t cells = grid.images * grid.cells;
-  const int64_t written = (pass.grad || pass.errors ? cells * grid.maps * 4 : 0);
-  const ChunkPlan plan{pass, dloss_derror, is_planar(pass),
-                       written >= kStreamFromBytes && !pass.grad_is_for_one};
-  if (!pass.grad_is_for_one) {
-    advise_huge_pages(pass.grad, cells * grid.maps * size_of(pass.grad.dtype));
-  }
+  const int64_t written = bytes_written(pass, cells);
+  const ChunkPlan plan{pass, dloss_derror, is_planar(pass), written >= kStreamFromBytes};
+  if (!pass.grad_is_for_one) advise_huge_pages(pass.grad, written);
   const int64_t num_chunks = (cells + kChunkCells - 1) / kChunkCells;
   std::vector<ChunkSums> sums(num_chunks);
   auto run_range = [&](int64_t first, int64_t last) {
