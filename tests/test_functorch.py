@@ -198,3 +198,22 @@ def test_a_dual_level_without_a_dual_tensor_changes_nothing(impl: Any) -> None:
     with forward_ad.dual_level():
         loss = impl.loss(pred, target, **SETTINGS)
     torch.testing.assert_close(loss, fcrn_fused.reference.fcrn_loss(pred, target, **SETTINGS))
+
+
+def test_tensor_that_leaked_out_of_a_transform() -> None:
+    """What a transform left behind is an ordinary tensor again: its gradient goes where it should."""
+    weight = torch.randn(2, 7, 4, 4, requires_grad=True)
+    target = torch.rand(2, 7, 4, 4)
+    leaked: list[Tensor] = []
+
+    def leaks(x: Tensor) -> Tensor:
+        leaked.append(x * weight)
+        return leaked[0].sum()
+
+    x = torch.randn(2, 7, 4, 4)
+    torch.func.grad(leaks)(x)
+    fcrn_fused.fcrn_loss(leaked[0], target).backward()
+    got, weight.grad = weight.grad, None
+    fcrn_fused.fcrn_loss(x * weight, target).backward()
+    assert got is not None
+    torch.testing.assert_close(got, weight.grad)
