@@ -201,7 +201,7 @@ def test_a_dual_level_without_a_dual_tensor_changes_nothing(impl: Any) -> None:
 
 
 def test_tensor_that_leaked_out_of_a_transform() -> None:
-    """What a transform left behind is an ordinary tensor again: its gradient goes where it should."""
+    """What a transform left behind is an ordinary tensor again, its gradient goes on."""
     weight = torch.randn(2, 7, 4, 4, requires_grad=True)
     target = torch.rand(2, 7, 4, 4)
     leaked: list[Tensor] = []
