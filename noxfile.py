@@ -1,7 +1,8 @@
-"""One wheel, built once, under several versions of PyTorch.
+"""The tests once more: under several versions of PyTorch, and under sanitizers.
 
-    nox -s compat                        # all of them: some GB for each CUDA build of PyTorch
-    nox -s "compat(torch='2.13.0')"      # one
+    nox -s compat                        # one wheel, built once, under all versions
+    nox -s "compat(torch='2.13.0')"      # one; a CUDA build of PyTorch takes some GB
+    nox -s sanitize                      # CPU kernels with AddressSanitizer and UBSan
     nox -s compat -- -k definition       # arguments for pytest
 
 With `--force-venv-backend none` nothing is installed and the Python on PATH serves, which must then
@@ -24,6 +25,21 @@ ROOT = Path(__file__).parent
 WHEELS = ROOT / "build" / "compat"
 TORCH_VERSIONS = ("2.13.0", "2.14.1")
 BUILT_WITH = TORCH_VERSIONS[0]
+SANITIZERS = (
+    "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+)
+# These start compilers or a training run of minutes, and say little about the CPU kernels.
+NOT_SANITIZED = (
+    "benchmarks",
+    "cuda_on_host",
+    "example",
+    "test_compile.py",
+    "test_cuda_compiles.py",
+    "test_cuda_on_host.py",
+    "test_documentation.py",
+    "test_export.py",
+    "test_failures.py",
+)
 TEST_REQUIREMENTS = ("numpy", "pytest>=8", "hypothesis>=6.100", "pybind11>=2.12", "ninja")
 
 
@@ -59,6 +75,33 @@ def compat(session: nox.Session, torch: str) -> None:
     session.chdir(copy)
     session.run("python", "-m", "fcrn_fused")
     session.run("python", "-m", "pytest", "--require", "fused-cpu", *session.posargs)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the tests in a copy whose CPU kernels are built with AddressSanitizer and UBSan."""
+    _install(session, f"torch=={BUILT_WITH}", *TEST_REQUIREMENTS, "setuptools>=77", "wheel")
+    copy = Path(session.create_tmp()) / "repository"
+    _copy_tracked_files(copy)
+    session.chdir(copy)
+    compiler = {"CXX": f"g++ {SANITIZERS}", "FCRN_FUSED_BUILD": "cpu"}
+    session.run("python", "setup.py", "--quiet", "build_ext", "--inplace", env=compiler)
+    runtimes = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    session.run(
+        *("python", "-m", "pytest", "--require", "fused-cpu"),
+        *(f"--ignore=tests/{name}" for name in NOT_SANITIZED),
+        *session.posargs,
+        env={
+            "LD_PRELOAD": " ".join(runtimes),  # Python itself is not built with them
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep much until the end
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
+    )
 
 
 def _install(session: nox.Session, *packages: str) -> None:

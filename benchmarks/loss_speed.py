@@ -21,7 +21,8 @@ grad_output of 16384, as under a GradScaler. The contenders:
     floor       CPU: torch.empty_like(pred).zero_() and a read of the two confidence maps;
                 GPU: a device-to-device copy that moves the bytes which ours has to move
 
-"wall" is the host's clock, with the device waited for; "device" (GPU only) is one replay of a CUDA
+On the CPU the allocator is told to keep what is freed, in blocks of up to 32 MB: peers with more
+temporaries than ours gain by that. "wall" is the host's clock, with the device waited for; "device" (GPU only) is one replay of a CUDA
 graph of the step, over inputs that are rotated where they would fit in the cache. Raw figures and a
 plot go to benchmarks/results/.
 """
@@ -640,6 +641,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     plan = make_plan(options)
+    keeps_memory = options.device.type == "cpu" and timing.keep_freed_memory()
     backend = serving_backend(options.device, options.backend)
     started = time.monotonic()
     run = provenance.describe_run(options.device)
@@ -663,7 +665,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "benchmark": "loss_speed",
         **run,
         "backend": backend,
-        "settings": {"rounds": plan.rounds, "round_seconds": plan.round_seconds},
+        "settings": {
+            "rounds": plan.rounds,
+            "round_seconds": plan.round_seconds,
+            "freed_memory_kept": keeps_memory,
+        },
         "seconds": round(time.monotonic() - started, 1),
         "bars": [bar.as_json() for bar in bars],
         "rows": rows,

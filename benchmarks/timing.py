@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import statistics
@@ -17,6 +18,26 @@ _SLOW = 0.2  # seconds: a call that needs no warming up
 
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
+
+
+# Of mallopt(3), and the largest number that it takes for either.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_KEPT, _LARGEST_KEPT = 2**31 - 1, 32 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed, in blocks of up to 32 MB; True if it does.
+
+    Else it is chance whether a tensor of some MB gets memory that the process has already or new
+    memory, whose first touch costs more than the writing. Larger ones are always new.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another allocator
+        return False
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+    )
 
 
 class Quartiles(NamedTuple):

@@ -43,6 +43,19 @@ FCRN_HD bool is_double(DType pred, DType target) {
   return pred == DType::float64 || target == DType::float64;
 }
 
+// What a part of a pass adds up: errors by their kind.
+struct Sums {
+  double coord = 0.0, positive_conf = 0.0, negative_conf = 0.0;
+  int64_t num_positive = 0;
+
+  FCRN_HD void add(const Sums& other) {
+    coord += other.coord;
+    positive_conf += other.positive_conf;
+    negative_conf += other.negative_conf;
+    num_positive += other.num_positive;
+  }
+};
+
 struct LossPass {
   Grid grid;
   TensorView pred, target;
@@ -105,6 +118,20 @@ struct LossPass {
   FCRN_HD CellRule<Acc> rule() const {
     return {static_cast<Acc>(ignore_value), static_cast<Acc>(negative_weight.value()),
             static_cast<Acc>(positive_weight)};
+  }
+
+  // Writes the sums of the whole pass and the loss, in the accumulator's type.
+  template <typename Acc>
+  FCRN_HD void write_results(const Sums& sums) const {
+    const auto write = [](void* to, double value) {
+      if (to) *static_cast<Acc*>(to) = static_cast<Acc>(value);
+    };
+    write(coord, sums.coord);
+    write(positive_conf, sums.positive_conf);
+    write(negative_conf, sums.negative_conf);
+    if (num_positive) *num_positive = sums.num_positive;
+    const double total = sums.coord + sums.positive_conf + sums.negative_conf;
+    write(loss, total / divisor(sums.num_positive));
   }
 };
 

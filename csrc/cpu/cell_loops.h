@@ -25,7 +25,7 @@ namespace {
 constexpr int kBlock = 16;
 constexpr int kChunkBlocks = kChunkCells / kBlock;
 constexpr int kBlocksBetweenFlushes = 8;
-constexpr int kBlocksAhead = 8;  // asked for while one is computed
+constexpr int kBlocksAhead = 16;  // asked for while one is computed
 
 // ---- vectors ------------------------------------------------------------------------------------
 
@@ -489,7 +489,7 @@ class Loops {
 };
 
 template <typename Acc, typename Pred, typename Target>
-void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums) {
+void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
   const Loops<Acc, Pred, Target> loops(plan);
   const Grid& grid = plan.pass.grid;
   const int64_t all_cells = grid.images * grid.cells;
@@ -518,7 +518,7 @@ void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums
 }
 
 template <typename Pred>
-void run_chunks_of_pred(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums) {
+void run_chunks_of_pred(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
   switch (plan.pass.target.dtype) {
     case DType::float64:
       return run_chunks_of<double, Pred, double>(plan, first, last, sums);
@@ -545,7 +545,7 @@ void run_chunks_of_pred(const ChunkPlan& plan, int64_t first, int64_t last, Chun
 
 }  // namespace
 
-void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums) {
+void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
   switch (plan.pass.pred.dtype) {
     case DType::float64:
       return run_chunks_of_pred<double>(plan, first, last, sums);

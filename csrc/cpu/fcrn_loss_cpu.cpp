@@ -77,19 +77,6 @@ int64_t bytes_written(const LossPass& pass, int64_t cells) {
   return cells * (one_per_cell ? 1 : pass.grid.maps) * size_of(written.dtype);
 }
 
-template <typename Acc>
-void write_sums(const LossPass& pass, const ChunkSums& sums) {
-  const auto write = [](void* to, double value) {
-    if (to) *static_cast<Acc*>(to) = static_cast<Acc>(value);
-  };
-  write(pass.coord, sums.coord);
-  write(pass.positive_conf, sums.positive_conf);
-  write(pass.negative_conf, sums.negative_conf);
-  if (pass.num_positive) *pass.num_positive = sums.num_positive;
-  const double total = sums.coord + sums.positive_conf + sums.negative_conf;
-  write(pass.loss, total / pass.divisor(sums.num_positive));
-}
-
 }  // namespace
 
 const char* instruction_set() { return has_avx2() ? "avx2" : "baseline"; }
@@ -108,7 +95,7 @@ void run(const LossPass& pass) {
   const ChunkPlan plan{pass, dloss_derror, is_planar(pass), written >= kStreamFromBytes};
   if (!pass.grad_is_for_one) advise_huge_pages(pass.grad, written);
   const int64_t num_chunks = (cells + kChunkCells - 1) / kChunkCells;
-  std::vector<ChunkSums> sums(num_chunks);
+  std::vector<Sums> sums(num_chunks);
   auto run_range = [&](int64_t first, int64_t last) {
     run_chunks()(plan, first, last, sums.data() + first);
   };
@@ -122,17 +109,12 @@ void run(const LossPass& pass) {
         &run_range));
   }
   if (!pass.wants_sums) return;
-  ChunkSums total;
-  for (const ChunkSums& chunk : sums) {
-    total.coord += chunk.coord;
-    total.positive_conf += chunk.positive_conf;
-    total.negative_conf += chunk.negative_conf;
-    total.num_positive += chunk.num_positive;
-  }
+  Sums total;
+  for (const Sums& chunk : sums) total.add(chunk);
   if (is_double(pass.pred.dtype, pass.target.dtype)) {
-    write_sums<double>(pass, total);
+    pass.write_results<double>(total);
   } else {
-    write_sums<float>(pass, total);
+    pass.write_results<float>(total);
   }
 }
 

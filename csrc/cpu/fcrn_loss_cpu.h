@@ -10,11 +10,6 @@ namespace fcrn::cpu {
 // first-level cache between the two sweeps, large enough that a sweep writes a run of 8 KiB.
 constexpr int64_t kChunkCells = 2048;
 
-struct ChunkSums {
-  double coord = 0.0, positive_conf = 0.0, negative_conf = 0.0;
-  int64_t num_positive = 0;
-};
-
 // What is the same for all chunks of a pass.
 struct ChunkPlan {
   const LossPass& pass;
@@ -24,12 +19,12 @@ struct ChunkPlan {
 };
 
 // Computes chunks [first, last) and their sums. The same loops, compiled for two instruction sets.
-using RunChunks = void (*)(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums);
+using RunChunks = void (*)(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums);
 namespace baseline {
-void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums);
+void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums);
 }
 namespace avx2 {
-void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, ChunkSums* sums);
+void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums);
 }
 
 // Computes the pass with PyTorch's threads.

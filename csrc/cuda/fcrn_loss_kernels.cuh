@@ -24,18 +24,6 @@ constexpr int kBlocksPerMultiprocessor = 8;
 // itself, ptxas aims at more and spills.
 constexpr int kResidentBlocks = 3;
 
-struct Sums {
-  double coord = 0.0, positive_conf = 0.0, negative_conf = 0.0;
-  int64_t num_positive = 0;
-
-  __device__ void add(const Sums& other) {
-    coord += other.coord;
-    positive_conf += other.positive_conf;
-    negative_conf += other.negative_conf;
-    num_positive += other.num_positive;
-  }
-};
-
 // Where the blocks of a launch meet. `ticket` is 0 before the launch and is left 0; no other launch
 // may use it at the same time.
 struct Workspace {
@@ -96,19 +84,6 @@ __device__ inline Sums sum_over_block(Sums sums) {
   return sums;
 }
 
-template <typename Acc>
-__device__ void write_results(const LossPass& pass, const Sums& sums) {
-  const auto write = [](void* to, double value) {
-    if (to) *static_cast<Acc*>(to) = static_cast<Acc>(value);
-  };
-  write(pass.coord, sums.coord);
-  write(pass.positive_conf, sums.positive_conf);
-  write(pass.negative_conf, sums.negative_conf);
-  if (pass.num_positive) *pass.num_positive = sums.num_positive;
-  const double total = sums.coord + sums.positive_conf + sums.negative_conf;
-  write(pass.loss, total / pass.divisor(sums.num_positive));
-}
-
 // Adds the threads' sums up and, in the block that finishes last, the blocks' in their order.
 template <typename Acc>
 __device__ void finish(const LossPass& pass, const Workspace& workspace, const Sums& thread_sums) {
@@ -134,7 +109,7 @@ __device__ void finish(const LossPass& pass, const Workspace& workspace, const S
              __ldcg(reinterpret_cast<const long long*>(&from->num_positive))});
   }
   all = sum_over_block(all);
-  if (threadIdx.x == 0) write_results<Acc>(pass, all);
+  if (threadIdx.x == 0) pass.write_results<Acc>(all);
 }
 
 // ---- what all threads of a pass know ------------------------------------------------------------
@@ -249,8 +224,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<A
   }
 }
 
-// ---- interleaved: V elements of the maps and cells that lie side by side
-// -------------------------
+// ---- interleaved: V elements that lie side by side ----------------------------------------------
 
 template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
 __device__ __forceinline__ void interleaved_elements(const LossPass& pass, const Known<Acc>& known,

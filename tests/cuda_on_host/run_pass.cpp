@@ -51,8 +51,8 @@ void run(const Description& description, const cuda_on_host::Schedule& schedule,
   const auto launch = [&](auto kernel, unsigned blocks) {
     std::cout << name_of(reinterpret_cast<const void*>(kernel)) << " in " << blocks << " blocks\n";
     // Exactly as much as the launch is given on a GPU, and filled with what it may hold there.
-    const std::size_t bytes = blocks * sizeof(fcrn::cuda::Sums);
-    auto* block_sums = static_cast<fcrn::cuda::Sums*>(std::malloc(bytes));
+    const std::size_t bytes = blocks * sizeof(fcrn::Sums);
+    auto* block_sums = static_cast<fcrn::Sums*>(std::malloc(bytes));
     std::memset(static_cast<void*>(block_sums), kPoison, bytes);
     fcrn::cuda::Workspace workspace;
     if (forward) workspace = {block_sums, ticket};
