@@ -22,9 +22,9 @@ grad_output of 16384, as under a GradScaler. The contenders:
                 GPU: a device-to-device copy that moves the bytes which ours has to move
 
 On the CPU the allocator is told to keep what is freed, in blocks of up to 32 MB: peers with more
-temporaries than ours gain by that. "wall" is the host's clock, with the device waited for; "device" (GPU only) is one replay of a CUDA
-graph of the step, over inputs that are rotated where they would fit in the cache. Raw figures and a
-plot go to benchmarks/results/.
+temporaries than ours gain by that. "wall" is the host's clock, with the device waited for; "device"
+(GPU only) is one replay of a CUDA graph of the step, over inputs that are rotated where they would
+fit in the cache. Raw figures and a plot go to benchmarks/results/.
 """
 
 from __future__ import annotations
