@@ -119,10 +119,22 @@ def _installed(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """Short hash of the checkout this file lies in, with -dirty where the code differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit is None:
+        return None
+    all_but_figures = (":/", ":(exclude,top)benchmarks/results")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *all_but_figures)
+    return commit + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str | None:
     try:
         answer = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

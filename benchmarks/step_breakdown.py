@@ -5,14 +5,14 @@
 Takes a step (forward and backward of `fcrn_fused.fcrn_loss`) apart by running it with a layer less
 each time, all in interleaved rounds, for one small and one large grid:
 
-    checks      the argument checks of fcrn_loss, alone
     node        a step whose operators are replaced by functions that return what is there
-                already, less the checks: Python, FCRNLossFunction and autograd's engine
-    dispatch    the operators on a single cell, less their allocations: from Python into C++
+                already: Python, FCRNLossFunction and autograd's engine
+    dispatch    the operators on a single cell, less their allocations: from Python into C++,
+                and the checks of the arguments there
     allocation  the gradient and the loss from PyTorch's allocator, untouched
     kernel      the operators on the whole grid, less those on a single cell
-    fresh pages (a part of the kernel) what it costs to write a fresh gradient rather than one that
-                has been written before
+    fresh pages (for comparison, no part of ours) what `zero_()` takes longer in a tensor of the
+                gradient's size that is new than in one that has been written before
 
 On a GPU the host goes ahead of the device: the rows above are then times of the host, and the
 kernels' own time comes from replaying a CUDA graph. What a sum of medians leaves over is printed.
@@ -34,13 +34,12 @@ import provenance
 import timing
 import workloads
 from fcrn_fused import fcrn_loss, ops
-from fcrn_fused.validation import check
 from loss_speed import align, format_seconds
 from workloads import Case, Inputs
 
 SIZES = {"small": (16, 7, 16, 16), "large": (64, 7, 256, 256)}
 OPERATORS = ("forward", "backward", "rescale_")  # functions of fcrn_fused.ops
-PARTS = ("checks", "node", "dispatch", "allocation", "kernel")
+PARTS = ("node", "dispatch", "allocation", "kernel")
 
 
 class OperatorCall(NamedTuple):
@@ -70,7 +69,6 @@ def breakdown(
         "step": step,
         "mse_loss": mse_loss,
         "step of nothing": without_operators(step),
-        "checks": lambda: check(inputs.pred, inputs.target, weight, 1.0, 1.0, None, "mean"),
         "operators": operators_alone(step),
         "operators, one cell": operators_alone(make_step(one_cell, weight)),
         "allocation": allocation(inputs),
@@ -87,8 +85,7 @@ def breakdown(
     parts = {
         "step": seconds["step"],
         "mse_loss": seconds["mse_loss"],
-        "checks": seconds["checks"],
-        "node": seconds["step of nothing"] - seconds["checks"],
+        "node": seconds["step of nothing"],
         "dispatch": seconds["operators, one cell"] - seconds["allocation, one cell"],
         "allocation": seconds["allocation"],
         "kernel": seconds["operators"] - seconds["operators, one cell"],
