@@ -98,6 +98,8 @@ class BuildKernels(build_ext):
             sys.exit(
                 "the kernels of fcrn_fused did not compile; FCRN_FUSED_BUILD=none leaves them out"
             )
+        with (build / "compile_commands.json").open("w") as database:  # for clangd and clang-tidy
+            subprocess.run([*command[:3], "-t", "compdb"], stdout=database, check=True)
         if not nvcc:
             _cuda_library(module).unlink(missing_ok=True)
 

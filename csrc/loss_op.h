@@ -100,7 +100,7 @@ inline std::vector<int64_t> strides_like(const Tensor& tensor) {
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   int64_t dense = 1;
-  for (size_t i : order) {
+  for (const size_t i : order) {
     if (strides[i] != dense) {
       const auto own = torch::stable::empty_like(tensor).strides();
       return {own.begin(), own.end()};
@@ -128,7 +128,7 @@ inline Tensor empty_per_cell(const Tensor& pred, int32_t dtype) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  return empty_strided(pred, sizes.size(), sizes.data(), strides.data(), dtype);
+  return empty_strided(pred, pred.dim() - 1, sizes.data(), strides.data(), dtype);
 }
 
 // ---- description of the pass --------------------------------------------------------------------
@@ -278,7 +278,7 @@ inline void describe_rule(LossPass& pass, const Rule& rule, const Tensor& pred, 
     const auto count = static_cast<int64_t>(rule.coord_weight.size());
     STD_TORCH_CHECK(count == 1 || count == num_pose_maps,
                     "coord_weight must hold one number or C - 1, got ", count);
-    for (double weight : rule.coord_weight) check_weight("coord_weight", weight);
+    for (const double weight : rule.coord_weight) check_weight("coord_weight", weight);
     coord.count = count;
     if (count <= kInlineCoordWeights) {
       std::copy(rule.coord_weight.begin(), rule.coord_weight.end(), coord.numbers);

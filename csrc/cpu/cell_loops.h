@@ -20,7 +20,7 @@
 #endif
 
 namespace fcrn::cpu::FCRN_INSTRUCTION_SET {
-namespace {
+namespace {  // NOLINT(*-anonymous-namespace-in-header,cert-dcl59-cpp): see above
 
 constexpr int kBlock = 16;
 constexpr int kChunkBlocks = kChunkCells / kBlock;
@@ -117,7 +117,8 @@ inline void store(T* to, Vector<Acc> values) {
   if constexpr (DTypeOf<T>::value == DTypeOf<Acc>::value) {
     memcpy(to, &values, sizeof(values));
   } else if constexpr (is_float && DTypeOf<T>::value == DType::bfloat16) {
-    const auto rounded = bfloat16_bits(reinterpret_cast<FloatBits>(values), values != values);
+    const auto is_nan = values != values;  // NOLINT(misc-redundant-expression)
+    const auto rounded = bfloat16_bits(reinterpret_cast<FloatBits>(values), is_nan);
     const auto bits = __builtin_convertvector(rounded, UpperBits);
     memcpy(to, &bits, sizeof(bits));
 #if defined(__F16C__)
@@ -545,6 +546,7 @@ void run_chunks_of_pred(const ChunkPlan& plan, int64_t first, int64_t last, Sums
 
 }  // namespace
 
+// NOLINTNEXTLINE(misc-definitions-in-headers): compiled once for each instruction set
 void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
   switch (plan.pass.pred.dtype) {
     case DType::float64:

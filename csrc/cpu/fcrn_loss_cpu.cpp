@@ -62,10 +62,8 @@ void advise_huge_pages([[maybe_unused]] const TensorView& view, [[maybe_unused]]
 #if defined(MADV_HUGEPAGE)
   if (!view || bytes < kHugePagesFromBytes) return;
   static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(view.data);
-  const uintptr_t first = begin / page * page;
-  const uintptr_t last = (begin + bytes + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const auto into_page = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data) % page);
+  madvise(static_cast<char*>(view.data) - into_page, bytes + into_page, MADV_HUGEPAGE);
 #endif
 }
 
