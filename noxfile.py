@@ -93,7 +93,7 @@ def sanitize(session: nox.Session) -> None:
         for name in ("libasan.so", "libubsan.so")
     ]
     session.run(
-        *("python", "-m", "pytest", "--require", "fused-cpu"),
+        *("python", "-m", "pytest", "--capture=no", "--require", "fused-cpu"),
         *(f"--ignore=tests/{name}" for name in NOT_SANITIZED),
         *session.posargs,
         env={

@@ -102,7 +102,8 @@ inline std::vector<int64_t> strides_like(const Tensor& tensor) {
   int64_t dense = 1;
   for (const size_t i : order) {
     if (strides[i] != dense) {
-      const auto own = torch::stable::empty_like(tensor).strides();
+      const Tensor like = torch::stable::empty_like(tensor);  // owns what strides() shows
+      const auto own = like.strides();
       return {own.begin(), own.end()};
     }
     dense *= sizes[i];
