@@ -28,7 +28,7 @@ BUILT_WITH = TORCH_VERSIONS[0]
 SANITIZERS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 )
-# These start compilers or a training run of minutes, and say little about the CPU kernels.
+# These start compilers or trainings, which say little about the CPU kernels, or weigh the process.
 NOT_SANITIZED = (
     "benchmarks",
     "cuda_on_host",
@@ -39,6 +39,7 @@ NOT_SANITIZED = (
     "test_documentation.py",
     "test_export.py",
     "test_failures.py",
+    "test_soak.py",
 )
 TEST_REQUIREMENTS = ("numpy", "pytest>=8", "hypothesis>=6.100", "pybind11>=2.12", "ninja")
 
@@ -92,16 +93,18 @@ def sanitize(session: nox.Session) -> None:
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
+    environment = {
+        "LD_PRELOAD": " ".join(runtimes),  # Python itself is not built with them
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep much until the end
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     session.run(
         *("python", "-m", "pytest", "--capture=no", "--require", "fused-cpu"),
         *(f"--ignore=tests/{name}" for name in NOT_SANITIZED),
         *session.posargs,
-        env={
-            "LD_PRELOAD": " ".join(runtimes),  # Python itself is not built with them
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep much until the end
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-        },
+        env=environment,
     )
+    session.run("python", "-m", "tests.soak", "--memory-calls", "0", env=environment)
 
 
 def _install(session: nox.Session, *packages: str) -> None:

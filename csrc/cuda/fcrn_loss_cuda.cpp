@@ -41,8 +41,10 @@ class TorchWorkspace : public WorkspaceSource {
  public:
   explicit TorchWorkspace(const Tensor& like) : like_(like) {}
 
-  void* block_sums(unsigned blocks, size_t bytes) override {
-    return doubles((blocks * bytes + sizeof(double) - 1) / sizeof(double));
+  Sums* block_sums(unsigned blocks) override {
+    static_assert(sizeof(Sums) % sizeof(double) == 0 && alignof(Sums) == alignof(double));
+    constexpr int64_t doubles_each = sizeof(Sums) / sizeof(double);
+    return reinterpret_cast<Sums*>(doubles(blocks * doubles_each));
   }
 
   double* doubles(int64_t count) {

@@ -67,7 +67,7 @@ cudaError_t launch_pass(const LossPass& pass, int device, cudaStream_t stream,
   run_pass(pass, num_multiprocessors(device), [&](auto kernel, unsigned blocks) {
     Workspace workspace;
     if (pass.wants_sums || pass.errors) {
-      workspace.block_sums = static_cast<Sums*>(source.block_sums(blocks, sizeof(Sums)));
+      workspace.block_sums = source.block_sums(blocks);
       error = ticket_of(device, stream, &workspace.ticket);
       if (error != cudaSuccess) return;
     }

@@ -8,13 +8,10 @@
 
 namespace fcrn::cuda {
 
-struct Sums;
-struct Workspace;
-
-// Gives a launch of so many blocks its workspace (`bytes` a block) in the order of its stream.
+// Gives a launch of so many blocks room for their sums, in the order of its stream.
 class WorkspaceSource {
  public:
-  virtual void* block_sums(unsigned blocks, size_t bytes) = 0;
+  virtual Sums* block_sums(unsigned blocks) = 0;
   virtual ~WorkspaceSource() = default;
 };
 
