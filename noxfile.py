@@ -46,17 +46,20 @@ TEST_REQUIREMENTS = ("numpy", "pytest>=8", "hypothesis>=6.100", "pybind11>=2.12"
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the wheel under the oldest of the versions."""
+    """Build the source distribution, and from it the wheel, under the oldest of the versions."""
     _install(
         session, f"torch=={BUILT_WITH}", "numpy", "ninja", "pybind11", "setuptools>=77", "wheel"
     )
     _check_torch(session, BUILT_WITH)
     shutil.rmtree(WHEELS, ignore_errors=True)
-    command = ["pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
     # a clean copy, so that nothing of an earlier build gets in
     source = Path(session.create_tmp()) / "source"
     _copy_tracked_files(source)
-    session.run("python", "-m", *command, "--wheel-dir", str(WHEELS), str(source))
+    with session.chdir(source):
+        session.run("python", "setup.py", "--quiet", "sdist", "--dist-dir", str(WHEELS))
+    (sdist,) = WHEELS.glob("*.tar.gz")
+    command = ["pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    session.run("python", "-m", *command, "--wheel-dir", str(WHEELS), str(sdist))
 
 
 @nox.session(requires=["wheel"])
