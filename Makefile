@@ -28,7 +28,7 @@ endif
 # The requirements of the example and the benchmarks, which the tests run as well.
 EXTRA_REQUIREMENTS := examples/text_detection/requirements.txt benchmarks/requirements.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-FORMATTED := $(shell find csrc tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc tests/arm64 tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # What every machine compiles; nvcc has its own warnings.
 TIDIED := csrc/ops.cpp $(wildcard csrc/cpu/*.cpp)
