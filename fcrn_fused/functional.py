@@ -176,6 +176,8 @@ def _fused_serves(pred: Tensor, target: Tensor, backend: str) -> bool:
     """Whether the compiled kernels serve the input; if not and they were asked for, raises."""
     transform = _active_transform(pred, target)
     reason = transform or ops.why_not(pred.device.type, pred.device.index)
+    if reason is None and pred.dim() > ops.MAX_DIMS:  # and they do not lie side by side
+        reason = f"more than {ops.MAX_DIMS} dimensions, and some that cannot be merged"
     if reason is None:
         return True
     if backend == "fused":

@@ -17,6 +17,7 @@ from torch import Tensor
 from .reference import accumulation_dtype
 from .validation import REDUCTIONS, Rule
 
+MAX_DIMS = 18  # B, C and kMaxSpatialDims of csrc/tensor_view.h; more, where some lie in one
 _OLDEST_TORCH = (2, 11)
 _PACKAGE = Path(__file__).parent
 _REBUILD = "reinstall fcrn_fused with `pip install --no-build-isolation .`"

@@ -12,6 +12,8 @@ from batches import REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
 
+import fcrn_fused
+
 SETTINGS = {"negative_weight": 0.3, "coord_weight": 1.7, "ignore_value": -1.0}
 
 
@@ -330,3 +332,23 @@ def test_non_contiguous_grad_outputs(impl: Implementation) -> None:
                 pred, target, reduction=reduction, grad_output=grad_output, **SETTINGS
             )
             assert_gradient(grad, truth.grad, torch.float32)
+
+
+def test_more_dimensions_than_the_kernels_take(
+    fused: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contiguous they are one; else plain PyTorch serves, and "fused" says why it cannot."""
+    shape = (2, 1, *[2] * 17)
+    target = torch.rand(shape, device=fused.device)
+    contiguous = torch.randn(shape, device=fused.device)
+    fused.loss(contiguous, target, **SETTINGS)  # served
+
+    awkward = contiguous.permute(0, 1, *reversed(range(2, 19)))
+    with pytest.raises(RuntimeError, match="more than 18 dimensions"):
+        fused.loss(awkward, target, **SETTINGS)
+    monkeypatch.setattr(fcrn_fused.functional, "_warned", False)
+    with pytest.warns(RuntimeWarning, match="more than 18 dimensions"):
+        loss = fcrn_fused.fcrn_loss(awkward, target, **SETTINGS)
+    torch.testing.assert_close(
+        loss, fcrn_fused.fcrn_loss(awkward, target, backend="reference", **SETTINGS)
+    )
