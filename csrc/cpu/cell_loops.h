@@ -65,19 +65,19 @@ inline auto is_inside(int lane, int size) {
   return lanes < splat(static_cast<Acc>(size - lane));
 }
 
-// Number of lanes that are set in a mask.
+// The lanes that are set in a mask, as bits.
 template <typename Mask>
-inline int count_set(Mask mask) {
+inline uint32_t bits_of(Mask mask) {
 #if defined(__AVX2__)
   if constexpr (sizeof(mask[0]) == 4) {
-    return __builtin_popcount(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+    return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
   } else {
-    return __builtin_popcount(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
+    return _mm256_movemask_pd(reinterpret_cast<__m256d>(mask));
   }
 #else
-  int set = 0;
-  for (unsigned i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) set -= static_cast<int>(mask[i]);
-  return set;
+  uint32_t bits = 0;
+  for (unsigned i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
 #endif
 }
 
@@ -217,6 +217,8 @@ struct Coefficients {  // of a gradient: 2 * w * dloss/dE
 // Everything about a pass that the loops want at hand, in the types they work with.
 template <typename Acc, typename Pred, typename Target>
 class Loops {
+  class ConfidenceBlocks;
+
  public:
   explicit Loops(const ChunkPlan& plan)
       : pass_(plan.pass),
@@ -227,6 +229,7 @@ class Loops {
         per_cell_(plan.pass.grad_output && plan.pass.has_grad_output_per_cell()),
         per_cell_error_(plan.pass.errors && plan.pass.reduction == Reduction::cell),
         per_element_error_(plan.pass.errors && plan.pass.reduction == Reduction::none),
+        grad_is_interleaved_(plan.pass.grad && plan.pass.grad.is_interleaved(plan.pass.grid)),
         stream_(plan.stream) {}
 
   // Cells [begin, end) of an image, all tensors planar: first the confidences, then map by map.
@@ -248,63 +251,18 @@ class Loops {
     }
   }
 
-  // Cells [begin, end) of an image, any strides: cell by cell.
+  // Cells [begin, end) of an image, any strides: confidences by blocks, poses cell by cell.
   void strided(int64_t image, int64_t begin, int64_t end, CellSums& sums) const {
-    const Grid& grid = pass_.grid;
-    const int64_t last_map = grid.maps - 1;
-    for (int64_t cell = begin; cell < end; ++cell) {
-      const Pred* pred = at<Pred>(pass_.pred, image, cell);
-      const Target* target = at<Target>(pass_.target, image, cell);
-      Pred* grad = at<Pred>(pass_.grad, image, cell);
-      Acc* errors = at<Acc>(pass_.errors, image, cell);
-      const Acc* grad_output = per_cell_ ? at<Acc>(pass_.grad_output, image, cell) : nullptr;
-      const int lane = static_cast<int>(cell % kBlock);
-
-      const Pred conf_pred = pred[last_map * pass_.pred.map_stride];
-      const Target conf_target = target[last_map * pass_.target.map_stride];
-      const Acc confidence =
-          pass_.kinds_from_pred ? Convert<Acc>::from(conf_pred) : Convert<Acc>::from(conf_target);
-      const bool positive = is_positive(rule_, confidence);
-      Acc cell_error = 0;
-      for (int64_t map = 0; map < last_map; ++map) {
-        Acc error = 0, slope = 0;
-        if (positive) {
-          const PoseMap pose = pose_map(map);
-          const Acc d = difference<Acc>(pred[map * pass_.pred.map_stride],
-                                        target[map * pass_.target.map_stride]);
-          error = weighted_error(pose.weight, d);
-          slope = gradient(scaled(pose.coefficient, grad_output, map), d);
-          sums.coord.lanes[lane] += error;
-          cell_error += error;
-        }
-        if (grad && (positive || !pass_.grad_is_for_one)) {
-          grad[map * pass_.grad.map_stride] = Convert<Pred>::from(slope);
-        }
-        if (per_element_error_) errors[map * pass_.errors.map_stride] = error;
-      }
-      Acc error = 0, slope = 0;
-      if (is_counted(rule_, confidence)) {
-        const Acc d = difference<Acc>(conf_pred, conf_target);
-        error = weighted_error(positive ? rule_.positive_weight : rule_.negative_weight, d);
-        slope =
-            gradient(scaled(positive ? conf_.positive : conf_.negative, grad_output, last_map), d);
-        (positive ? sums.positive_conf : sums.negative_conf).lanes[lane] += error;
-        sums.num_positive += positive;
-      }
-      if (grad) grad[last_map * pass_.grad.map_stride] = Convert<Pred>::from(slope);
-      if (per_element_error_) errors[last_map * pass_.errors.map_stride] = error;
-      if (per_cell_error_) *errors = (cell_error + error) / grid.maps;
+    ConfidenceBlocks blocks(*this);
+    for (int64_t cell = begin; cell < end; cell += kBlock) {
+      strided_block(image, cell, block_size(end - cell), blocks, sums);
     }
+    blocks.flush(sums);
   }
 
  private:
   Acc coefficient(double weight) const {
     return static_cast<Acc>(gradient_coefficient(weight, dloss_derror_));
-  }
-
-  Acc scaled(Acc coefficient, const Acc* grad_output, int64_t map) const {
-    return grad_output ? coefficient * grad_output[map * pass_.grad_output.map_stride]
-                       : coefficient;
   }
 
   template <typename T>
@@ -342,49 +300,77 @@ class Loops {
 
   static int block_size(int64_t left) { return left < kBlock ? static_cast<int>(left) : kBlock; }
 
+  // The arithmetic of blocks of confidences, with what it needs at hand, and their errors by kind.
+  class ConfidenceBlocks {
+    using V = Vector<Acc>;
+
+   public:
+    explicit ConfidenceBlocks(const Loops& loops)
+        : rule_(loops.rule_),
+          negative_weight_(splat(loops.rule_.negative_weight)),
+          positive_weight_(splat(loops.rule_.positive_weight)),
+          negative_(splat(loops.conf_.negative)),
+          positive_(splat(loops.conf_.positive)),
+          kinds_from_pred_(loops.pass_.kinds_from_pred) {}
+
+    // Slopes and, if wanted, errors of a block's first `size` cells; the positive ones, as bits.
+    // `scale`, if not null, is what the slopes are multiplied by.
+    uint32_t compute(const Pred* pred, const Target* target, const Acc* scale, int size,
+                     Pred* slopes, Acc* errors, CellSums& sums) {
+      uint32_t positive_cells = 0;
+      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
+        const V p = load<Acc>(pred + i), t = load<Acc>(target + i), d = p - t;
+        const V confidence = kinds_from_pred_ ? p : t;
+        const auto is_pos = is_positive(rule_, confidence);
+        const auto counts = is_counted(rule_, confidence) & is_inside<Acc>(i, size);
+        const V error =
+            counts ? weighted_error(is_pos ? positive_weight_ : negative_weight_, d) : V{};
+        V coefficient = is_pos ? positive_ : negative_;
+        if (scale) coefficient *= load<Acc>(scale + i);
+        store<Acc>(slopes + i, counts ? gradient(coefficient, d) : V{});
+        if (errors) store<Acc>(errors + i, error);
+        positive_errors_[i / kLanes<Acc>] += is_pos ? error : V{};
+        negative_errors_[i / kLanes<Acc>] += is_pos ? V{} : error;
+        positive_cells |= bits_of(is_pos) << i;
+      }
+      sums.num_positive += __builtin_popcount(positive_cells);
+      if (++num_blocks_ % kBlocksBetweenFlushes == 0) flush(sums);
+      return positive_cells;
+    }
+
+    void flush(CellSums& sums) {
+      sums.positive_conf.take(positive_errors_);
+      sums.negative_conf.take(negative_errors_);
+    }
+
+   private:
+    const CellRule<Acc> rule_;
+    const V negative_weight_, positive_weight_, negative_, positive_;
+    const bool kinds_from_pred_;
+    BlockErrors<Acc> positive_errors_ = {}, negative_errors_ = {};
+    int num_blocks_ = 0;
+  };
+
   // Confidences of `count` cells: lists the blocks that have a positive cell.
   void confidences(int64_t image, int64_t begin, int64_t count, Rows& rows, CellSums& sums) const {
-    using V = Vector<Acc>;
     const int64_t map = pass_.grid.maps - 1;
     const Pred* preds = element<const Pred>(pass_.pred, image, map, begin);
     const Target* targets = element<const Target>(pass_.target, image, map, begin);
-    const CellRule<Acc> rule = rule_;
-    const V negative_weight = splat(rule.negative_weight), negative = splat(conf_.negative);
-    const V positive_weight = splat(rule.positive_weight), positive = splat(conf_.positive);
+    Acc* errors = per_element_error_ ? rows.errors : per_cell_error_ ? rows.cell_errors : nullptr;
     Pred padded_pred[kBlock];
     Target padded_target[kBlock];
-    BlockErrors<Acc> positive_errors = {}, negative_errors = {};
-    int num_blocks = 0;
-    for (int64_t at = 0, block = 1; at < count; at += kBlock, ++block) {
+    Acc padded_scale[kBlock];
+    ConfidenceBlocks blocks(*this);
+    for (int64_t at = 0; at < count; at += kBlock) {
       const int size = block_size(count - at);
-      const Pred* pred = block_of(preds + at, size, padded_pred);
-      const Target* target = block_of(targets + at, size, padded_target);
-      const Scales scale(*this, image, map, begin + at, size);
-      int num_positive = 0;
-      for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        const V p = load<Acc>(pred + i), t = load<Acc>(target + i), d = p - t;
-        const V confidence = pass_.kinds_from_pred ? p : t;
-        const auto is_pos = is_positive(rule, confidence);
-        const auto counts = is_counted(rule, confidence) & is_inside<Acc>(i, size);
-        const V error =
-            counts ? weighted_error(is_pos ? positive_weight : negative_weight, d) : V{};
-        const V coefficient = scale.times(is_pos ? positive : negative, i);
-        store<Acc>(rows.slopes + at + i, counts ? gradient(coefficient, d) : V{});
-        positive_errors[i / kLanes<Acc>] += is_pos ? error : V{};
-        negative_errors[i / kLanes<Acc>] += is_pos ? V{} : error;
-        if (per_element_error_) store<Acc>(rows.errors + at + i, error);
-        if (per_cell_error_) store<Acc>(rows.cell_errors + at + i, error);
-        num_positive += count_set(is_pos);
-      }
-      sums.num_positive += num_positive;
-      rows.positive_blocks[num_blocks] = static_cast<int>(at);
-      num_blocks += num_positive > 0;
-      if (block % kBlocksBetweenFlushes == 0 || at + kBlock >= count) {
-        sums.positive_conf.take(positive_errors);
-        sums.negative_conf.take(negative_errors);
-      }
+      const uint32_t positive_cells = blocks.compute(
+          block_of(preds + at, size, padded_pred), block_of(targets + at, size, padded_target),
+          scales(image, map, begin + at, size, padded_scale), size, rows.slopes + at,
+          errors ? errors + at : nullptr, sums);
+      rows.positive_blocks[rows.num_positive_blocks] = static_cast<int>(at);
+      rows.num_positive_blocks += positive_cells != 0;
     }
-    rows.num_positive_blocks = num_blocks;
+    blocks.flush(sums);
   }
 
   // Asks for what the block that comes a few later will read, in this map or in the next. Always
@@ -412,6 +398,7 @@ class Loops {
     const Target* target_confs = element<const Target>(pass_.target, image, last_map, begin);
     Pred padded_pred[kBlock], padded_pred_conf[kBlock];
     Target padded_target[kBlock], padded_target_conf[kBlock];
+    Acc padded_scale[kBlock];
     BlockErrors<Acc> errors = {};
     const int num_blocks = rows.num_positive_blocks;
     for (int block = 0; block < num_blocks; ++block) {
@@ -422,13 +409,14 @@ class Loops {
       const Target* target = block_of(targets + at, size, padded_target);
       const Pred* pred_conf = block_of(pred_confs + at, size, padded_pred_conf);
       const Target* target_conf = block_of(target_confs + at, size, padded_target_conf);
-      const Scales scale(*this, image, map, begin + at, size);
+      const Acc* scale = scales(image, map, begin + at, size, padded_scale);
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
         const auto is_pos = is_positive(
             rule, pass_.kinds_from_pred ? load<Acc>(pred_conf + i) : load<Acc>(target_conf + i));
         const V d = load<Acc>(pred + i) - load<Acc>(target + i);
         const V error = is_pos ? weighted_error(weight, d) : V{};
-        const V coefficient = scale.times(splat(pose.coefficient), i);
+        V coefficient = splat(pose.coefficient);
+        if (scale) coefficient *= load<Acc>(scale + i);
         store<Acc>(rows.slopes + at + i, is_pos ? gradient(coefficient, d) : V{});
         errors[i / kLanes<Acc>] += error;
         if (per_element_error_) store<Acc>(rows.errors + at + i, error);
@@ -461,23 +449,75 @@ class Loops {
     }
   }
 
-  // What the gradients of a block are multiplied by, if that differs from cell to cell.
-  class Scales {
-   public:
-    Scales(const Loops& loops, int64_t image, int64_t map, int64_t cell, int size)
-        : values_(loops.per_cell_
-                      ? block_of(element<const Acc>(loops.pass_.grad_output, image, map, cell),
-                                 size, padded_)
-                      : nullptr) {}
+  // What the gradients of a block are multiplied by, if that differs from cell to cell, else null.
+  const Acc* scales(int64_t image, int64_t map, int64_t cell, int size,
+                    Acc (&padded)[kBlock]) const {
+    if (!per_cell_) return nullptr;
+    return block_of(element<const Acc>(pass_.grad_output, image, map, cell), size, padded);
+  }
 
-    Vector<Acc> times(Vector<Acc> coefficient, int lane) const {
-      return values_ ? coefficient * load<Acc>(values_ + lane) : coefficient;
+  // The first `size` cells from `cell` on, whatever their strides.
+  void strided_block(int64_t image, int64_t cell, int size, ConfidenceBlocks& confidences,
+                     CellSums& sums) const {
+    const int64_t maps = pass_.grid.maps, last_map = maps - 1;
+    Pred preds[kBlock] = {}, slopes[kBlock];
+    Target targets[kBlock] = {};
+    Acc scale[kBlock] = {}, errors[kBlock];
+    for (int i = 0; i < size; ++i) {
+      preds[i] = at<Pred>(pass_.pred, image, cell + i)[last_map * pass_.pred.map_stride];
+      targets[i] = at<Target>(pass_.target, image, cell + i)[last_map * pass_.target.map_stride];
+      if (per_cell_) {
+        const Acc* all = at<Acc>(pass_.grad_output, image, cell + i);
+        scale[i] = all[last_map * pass_.grad_output.map_stride];
+      }
     }
+    const uint32_t positive_cells = confidences.compute(preds, targets, per_cell_ ? scale : nullptr,
+                                                        size, slopes, errors, sums);
+    bool write_zeros = !pass_.grad_is_for_one;
+    if (write_zeros && grad_is_interleaved_) {
+      memset(at<Pred>(pass_.grad, image, cell), 0, size * maps * sizeof(Pred));
+      write_zeros = false;
+    }
+    for (int i = 0; i < size; ++i) {
+      Pred* grad = at<Pred>(pass_.grad, image, cell + i);
+      Acc* error = at<Acc>(pass_.errors, image, cell + i);
+      double pose_error = 0;
+      if (positive_cells >> i & 1u) {
+        pose_error = strided_pose(image, cell + i, grad, error);
+        sums.coord.lanes[i] += pose_error;
+      } else {
+        for (int64_t map = 0; map < last_map && grad && write_zeros; ++map) {
+          grad[map * pass_.grad.map_stride] = Convert<Pred>::from(Acc(0));
+        }
+        for (int64_t map = 0; map < last_map && per_element_error_; ++map) {
+          error[map * pass_.errors.map_stride] = 0;
+        }
+      }
+      if (grad) grad[last_map * pass_.grad.map_stride] = slopes[i];
+      if (per_element_error_) error[last_map * pass_.errors.map_stride] = errors[i];
+      if (per_cell_error_) *error = static_cast<Acc>((pose_error + errors[i]) / maps);
+    }
+  }
 
-   private:
-    Acc padded_[kBlock];
-    const Acc* const values_;
-  };
+  // The pose of a positive cell; the sum of its errors.
+  double strided_pose(int64_t image, int64_t cell, Pred* grad, Acc* errors) const {
+    const Pred* pred = at<Pred>(pass_.pred, image, cell);
+    const Target* target = at<Target>(pass_.target, image, cell);
+    const Acc* scale = per_cell_ ? at<Acc>(pass_.grad_output, image, cell) : nullptr;
+    double sum = 0;
+    for (int64_t map = 0; map < pass_.grid.maps - 1; ++map) {
+      const PoseMap pose = pose_map(map);
+      const Acc d =
+          difference<Acc>(pred[map * pass_.pred.map_stride], target[map * pass_.target.map_stride]);
+      Acc coefficient = pose.coefficient;
+      if (scale) coefficient *= scale[map * pass_.grad_output.map_stride];
+      const Acc error = weighted_error(pose.weight, d);
+      sum += error;
+      if (grad) grad[map * pass_.grad.map_stride] = Convert<Pred>::from(gradient(coefficient, d));
+      if (per_element_error_) errors[map * pass_.errors.map_stride] = error;
+    }
+    return sum;
+  }
 
   const LossPass pass_;
   const CellRule<Acc> rule_;
@@ -486,6 +526,7 @@ class Loops {
   const bool per_cell_;           // grad_output differs from cell to cell
   const bool per_cell_error_;     // "cell"
   const bool per_element_error_;  // "none"
+  const bool grad_is_interleaved_;
   const bool stream_;
 };
 
