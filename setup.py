@@ -92,14 +92,13 @@ class BuildKernels(build_ext):
             architectures=architectures,
         )
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build)]
-        if jobs := os.environ.get("MAX_JOBS"):
-            command += ["-j", jobs]
-        if subprocess.run(command).returncode != 0:
+        jobs = os.environ.get("MAX_JOBS")
+        if subprocess.run([*command, *(["-j", jobs] if jobs else [])]).returncode != 0:
             sys.exit(
                 "the kernels of fcrn_fused did not compile; FCRN_FUSED_BUILD=none leaves them out"
             )
         with (build / "compile_commands.json").open("w") as database:  # for clangd and clang-tidy
-            subprocess.run([*command[:3], "-t", "compdb"], stdout=database, check=True)
+            subprocess.run([*command, "-t", "compdb"], stdout=database, check=True)
         if not nvcc:
             _cuda_library(module).unlink(missing_ok=True)
 

@@ -239,7 +239,8 @@ class Loops {
     confidences(image, begin, count, rows, sums);
     store_rows(image, last_map, begin, count, rows);
     // Where no cell is positive the rows stay zero; elsewhere each map overwrites the one before.
-    if (last_map > 0) rows.clear(count);
+    memset(rows.slopes, 0, count * sizeof(Pred));
+    if (per_element_error_) memset(rows.errors, 0, count * sizeof(Acc));
     for (int64_t map = 0; map < last_map; ++map) {
       pose(image, map, begin, count, rows, sums);
       store_rows(image, map, begin, count, rows);
@@ -291,11 +292,6 @@ class Loops {
     alignas(64) Pred slopes[kChunkCells];
     alignas(64) Acc errors[kChunkCells];
     alignas(64) Acc cell_errors[kChunkCells];  // added up over the maps
-
-    void clear(int64_t count) {
-      memset(slopes, 0, count * sizeof(Pred));
-      memset(errors, 0, count * sizeof(Acc));
-    }
   };
 
   static int block_size(int64_t left) { return left < kBlock ? static_cast<int>(left) : kBlock; }
@@ -486,11 +482,11 @@ class Loops {
         pose_error = strided_pose(image, cell + i, grad, error);
         sums.coord.lanes[i] += pose_error;
       } else {
-        for (int64_t map = 0; map < last_map && grad && write_zeros; ++map) {
-          grad[map * pass_.grad.map_stride] = Convert<Pred>::from(Acc(0));
+        if (grad && write_zeros) {
+          for (int64_t map = 0; map < last_map; ++map) grad[map * pass_.grad.map_stride] = Pred{};
         }
-        for (int64_t map = 0; map < last_map && per_element_error_; ++map) {
-          error[map * pass_.errors.map_stride] = 0;
+        if (per_element_error_) {
+          for (int64_t map = 0; map < last_map; ++map) error[map * pass_.errors.map_stride] = 0;
         }
       }
       if (grad) grad[last_map * pass_.grad.map_stride] = slopes[i];
