@@ -70,7 +70,9 @@ class FCRNLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:  # the parts of the loss were used, the loss was not
             return (None,) * 8
-        kept_grad = vars(ctx).pop("kept_grad", None)  # given away once
+        kept_grad = None
+        if not torch.compiler.is_compiling():  # traced, nothing is kept; PyTorch 2.11 trips over it
+            kept_grad = vars(ctx).pop("kept_grad", None)  # given away once
         grad_pred = grad_target = None
         needs_pred, needs_target = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True: must be differentiable in its turn

@@ -179,14 +179,16 @@ def _positive_weights(
     rule: Rule, num_maps: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The weights of a positive cell's maps, (C,): the pose maps' and then the confidence's."""
-    if isinstance(rule.coord_weight, Tensor):
-        coord = rule.coord_weight.to(device, dtype).expand(num_maps - 1)
-        numbers = [rule.positive_weight]
+
+    def filled(number: float, count: int = 1) -> Tensor:
+        # on the device: a copy from the host would synchronise
+        return torch.full((count,), number, dtype=dtype, device=device)
+
+    weights = rule.coord_weight
+    if isinstance(weights, Tensor):
+        coord = [weights.to(device, dtype).expand(num_maps - 1)]
+    elif isinstance(weights, (float, int)):
+        coord = [filled(weights, num_maps - 1)]
     else:
-        coord = torch.empty(0, dtype=dtype, device=device)
-        weights = rule.coord_weight
-        numbers = [weights] * (num_maps - 1) if isinstance(weights, (float, int)) else [*weights]
-        numbers.append(rule.positive_weight)
-    # filled on the device: a copy from the host would synchronise
-    filled = [torch.full((1,), number, dtype=dtype, device=device) for number in numbers]
-    return torch.cat([coord, *filled])
+        coord = [filled(weight) for weight in weights]
+    return torch.cat([*coord, filled(rule.positive_weight)])
