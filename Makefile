@@ -5,7 +5,8 @@
 #
 # Everything is installed into .venv. VENV=/some/where takes another virtual environment; VENV= takes
 # the Python at hand as it is and installs nothing. TORCH= names the PyTorch to install: this release
-# is a CUDA build on PyPI for Linux and so uses an NVIDIA GPU where there is one.
+# is a CUDA build on PyPI for Linux and so uses an NVIDIA GPU where there is one. FCRN_FUSED_BUILD=
+# and the other variables of setup.py choose what is compiled.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -56,7 +57,9 @@ lint: $(STAMPS)/lint $(STAMPS)/built
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(FORMATTED)
-	$(CLANG_TIDY) --quiet -p "$$(ls -td build/temp.* | head -1)" $(TIDIED)
+	database=$$(ls -td build/temp.* | head -1) && \
+	  $(PY) -m ninja -C "$$database" -t compdb compile > "$$database/compile_commands.json" && \
+	  $(CLANG_TIDY) --quiet -p "$$database" $(TIDIED)
 
 wheel: $(STAMPS)/torch
 	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
@@ -79,7 +82,12 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	$(INSTALL) "$(TORCH)" numpy ninja pybind11
 	@touch $@
 
-$(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
+# Named after what a build depends on beside the sources, so that another choice builds anew.
+CHOICES := $(STAMPS)/for_$(shell echo "$(FCRN_FUSED_BUILD) $(TORCH_CUDA_ARCH_LIST)" | tr -c '[:alnum:].\n' _)
+$(CHOICES): $(STAMPS)/venv
+	@rm -f $(STAMPS)/for_* && touch $@
+
+$(STAMPS)/built: $(STAMPS)/torch $(SOURCES) $(CHOICES)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -91,6 +99,11 @@ $(STAMPS)/test: $(STAMPS)/torch pyproject.toml
 	$(INSTALL) pytest hypothesis keras nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@touch $@
 
+LINTERS := ruff mypy clang-format 'clang-tidy==22.*'
 $(STAMPS)/lint: $(STAMPS)/venv
-	$(INSTALL) ruff mypy clang-format 'clang-tidy==22.*'
+	$(INSTALL) $(LINTERS)
+ifeq ($(strip $(VENV)),)
+	@$(PY) -c 'import ruff, mypy, ninja' && command -v $(CLANG_FORMAT) $(CLANG_TIDY) > /dev/null || \
+	  { echo "make lint needs: pip install ninja $(LINTERS)" >&2; false; }
+endif
 	@touch $@

@@ -1,5 +1,10 @@
 """The loss of the Fully-Convolutional Regression Network and its gradient in one fused step."""
 
+from pkgutil import extend_path
+
+# In a clone, this folder hides the installed package: its compiled modules are found all the same.
+__path__ = extend_path(__path__, __name__)
+
 from . import reference
 from .autograd import FCRNLossFunction
 from .config import show_config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from . import ops
@@ -15,12 +17,15 @@ def show_config() -> str:
     `fcrn_loss(..., backend="auto")` chooses and, if it is not the fused one, why.
     """
     lines = [f"fcrn_fused {__version__}", f"PyTorch running: {torch.__version__}"]
-    module = ops.compiled_module()
-    if module is None:
-        lines.append("compiled kernels: none")
-    else:
-        built = module.build_info()
-        lines += [f"{name}: {value}" for name, value in built.items()]
+    if ops.why_not("cpu") is None:
+        module = importlib.import_module("fcrn_fused._C")
+        lines += [
+            f"PyTorch built against: {ops.BUILD_INFO['pytorch']}",
+            f"compiler: {module.compiler}",
+            f"CPU instruction set: {module.instruction_set()}",
+            f"CUDA built with: {ops.BUILD_INFO['cuda'] or 'none'}",
+            f"CUDA architectures: {ops.BUILD_INFO['architectures'] or 'none'}",
+        ]
     for device_type in ("cpu", "cuda"):
         reason = ops.why_not(device_type)
         backend = "fused" if reason is None else f"reference, because {reason}"

@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,11 +15,18 @@ from torch import Tensor
 
 from .reference import accumulation_dtype
 from .validation import REDUCTIONS, Rule
+from .version import __version__
 
 MAX_DIMS = 18  # B, C and kMaxSpatialDims of csrc/tensor_view.h; more, where some lie in one
 _OLDEST_TORCH = (2, 11)
-_PACKAGE = Path(__file__).parent
-_REBUILD = "reinstall fcrn_fused with `pip install --no-build-isolation .`"
+_REBUILD = "build it again with `pip install --no-build-isolation .`"
+_FOLDERS = sys.modules[__package__].__path__
+
+# What setup.py wrote beside the compiled modules; a source folder that was never built has none.
+try:
+    BUILD_INFO: dict[str, str | None] = importlib.import_module("fcrn_fused._build_info").INFO
+except ModuleNotFoundError:
+    BUILD_INFO = {}
 
 
 def why_not(device_type: str, index: int | None = None) -> str | None:
@@ -35,11 +41,6 @@ def why_not(device_type: str, index: int | None = None) -> str | None:
     if problem is None and device_type == "cuda":
         return _cuda_device_problem(index)
     return problem
-
-
-def compiled_module() -> ModuleType | None:
-    """The pybind11 module `fcrn_fused._C`, which says what was built in; None if not loaded."""
-    return _module
 
 
 def forward(
@@ -138,49 +139,46 @@ def _op_arguments(
     )
 
 
-def _load() -> tuple[ModuleType | None, dict[str, str | None]]:
-    """Load the compiled libraries, and by type of device the problem that keeps it from them."""
+def _load() -> dict[str, str | None]:
+    """Load the compiled modules; by type of device, the problem that keeps its kernels away."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _OLDEST_TORCH:
         problem = (
             f"the compiled kernels need PyTorch {'.'.join(map(str, _OLDEST_TORCH))} or newer, "
             f"this is {torch.__version__}; upgrade with `pip install -U torch`"
         )
-        return None, {"cpu": problem, "cuda": problem}
+        return {"cpu": problem, "cuda": problem}
+    if (built := BUILD_INFO.get("version", __version__)) != __version__:
+        problem = (
+            f"the compiled kernels are of fcrn_fused {built}, this is {__version__}; {_REBUILD}"
+        )
+        return {"cpu": problem, "cuda": problem}
+    cpu_problem = _import_problem("cpu", "_C")
+    if cpu_problem is None and BUILD_INFO.get("cuda") and not torch.backends.cuda.is_built():
+        cuda_problem: str | None = (
+            f"this PyTorch, {torch.__version__}, is not a CUDA build; install one (the CUDA "
+            "kernels of fcrn_fused are there)"
+        )
+    else:
+        cuda_problem = cpu_problem or _import_problem("cuda", "_cuda")
+    return {"cpu": cpu_problem, "cuda": cuda_problem}
+
+
+def _import_problem(device_type: str, name: str) -> str | None:
+    """Import a compiled module, which registers its kernels; None, or why that does not work."""
     try:
-        module = importlib.import_module("fcrn_fused._C")
+        importlib.import_module(f"fcrn_fused.{name}")
+        return None
     except ImportError as error:
-        problem = _missing_module(error)
-        return None, {"cpu": problem, "cuda": problem}
-    return module, {"cpu": None, "cuda": _load_cuda(module)}
-
-
-def _missing_module(error: ImportError) -> str:
-    built = sorted(path.name for path in _PACKAGE.glob("_C.*"))
-    if not built:
-        return f"this installation has no compiled kernels (no compiler was found); {_REBUILD}"
-    here = f"{sys.implementation.name} {platform.python_version()}"
-    if isinstance(error, ModuleNotFoundError):
-        return f"{built[0]} was compiled for another Python than this {here}; {_REBUILD}"
-    return f"{built[0]} does not load ({error}); {_REBUILD}"
-
-
-def _load_cuda(module: ModuleType) -> str | None:
-    library = _PACKAGE / "fcrn_fused_cuda.so"
-    if not library.exists():
-        return (
-            "this installation was built without CUDA kernels; "
-            "install the CUDA toolkit (nvcc) and " + _REBUILD
-        )
-    if not torch.backends.cuda.is_built():
-        return (
-            "this PyTorch is a CPU build; install a CUDA build of PyTorch (the CUDA kernels of "
-            "fcrn_fused are there)"
-        )
-    problem: str = module.load_cuda_library(str(library))
-    if problem:
-        return f"{library.name} does not load ({problem}); {_REBUILD}"
-    return None
+        if not isinstance(error, ModuleNotFoundError):
+            return f"fcrn_fused.{name} does not load ({error}); {_REBUILD}"
+    if omitted := BUILD_INFO.get(f"{device_type}_problem"):
+        kernels = "CUDA kernels" if device_type == "cuda" else "compiled kernels"
+        return f"fcrn_fused was built without {kernels}: {omitted}; {_REBUILD}"
+    if files := sorted(path.name for folder in _FOLDERS for path in Path(folder).glob(f"{name}.*")):
+        here = f"{sys.implementation.name} {platform.python_version()}"
+        return f"{files[0]} was compiled for another Python than this {here}; {_REBUILD}"
+    return f"{_FOLDERS[0]} was not built; {_REBUILD}"
 
 
 @functools.cache
@@ -190,16 +188,14 @@ def _cuda_device_problem(index: int | None) -> str | None:
             "PyTorch sees no CUDA device (torch.cuda.is_available() is False); look for the GPU "
             "and its driver with nvidia-smi"
         )
-    assert _module is not None
     index = torch.cuda.current_device() if index is None else index
-    problem: str = _module.cuda_problem(index)
+    problem: str = importlib.import_module("fcrn_fused._cuda").problem(index)
     if not problem:
         return None
     return (
         f"cuda:{index}, {torch.cuda.get_device_name(index)}, cannot run the kernels ({problem}), "
-        f"which were built with CUDA {_module.build_info()['CUDA built with']} for "
-        f"{_module.build_info()['CUDA architectures']}; update the driver, or {_REBUILD} on the "
-        "machine with this GPU"
+        f"which were built with CUDA {BUILD_INFO['cuda']} for {BUILD_INFO['architectures']}; "
+        f"update the driver, or {_REBUILD} on the machine with this GPU"
     )
 
 
@@ -283,8 +279,8 @@ def _fake_rescale_(
     return None
 
 
-_module, _problems = _load()
-if _module is not None:
+_problems = _load()
+if _problems["cpu"] is None:
     torch.library.register_fake("fcrn_fused::forward", _fake_forward)
     torch.library.register_fake("fcrn_fused::backward", _fake_backward)
     torch.library.register_fake("fcrn_fused::rescale_", _fake_rescale_)

@@ -34,6 +34,7 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = (
+    Architecture("sm_75", 32, 16),
     Architecture("sm_80", 64, 32),
     Architecture("sm_90", 64, 32),
     Architecture("sm_100", 64, 32),

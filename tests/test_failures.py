@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +22,6 @@ import pytest
 import fcrn_fused
 from fcrn_fused import ops
 
-SETUP = Path(__file__).parent.parent / "setup.py"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 REMEDY = "pip install"
 
@@ -30,6 +30,7 @@ import contextlib, io, json, os, runpy, sys, traceback, warnings
 import torch
 
 def probe(directory, prepare):
+    sys.path = [path for path in sys.path if not os.path.isdir(os.path.join(path, "fcrn_fused"))]
     sys.path.insert(0, directory)
     exec(prepare)
     report = {"error": None}
@@ -82,23 +83,46 @@ def nothing(package: Path) -> None:
     pass
 
 
-def without_compiled_file(package: Path) -> None:
-    for path in package.glob("*.so"):
+def never_built(package: Path) -> None:
+    for path in (*package.glob("*.so"), *package.glob("_build_info.py")):
         path.unlink()
 
 
+def built_without(device: str, problem: str) -> Callable[[Path], None]:
+    """What setup.py leaves behind that built no kernels for the device."""
+
+    def damage(package: Path) -> None:
+        for path in package.glob("_C.*" if device == "cpu" else "_cuda.*"):
+            path.unlink()
+        record(package, **{f"{device}_problem": problem, "cuda": None})
+
+    return damage
+
+
+def record(package: Path, **changes: str | None) -> None:
+    info = {**ops.BUILD_INFO, **changes}
+    (package / "_build_info.py").write_text(f"INFO = {info!r}")
+
+
 def compiled_for_another_python(package: Path) -> None:
-    without_compiled_file(package)
+    for path in package.glob("*.so"):
+        path.unlink()
+    record(package, cpu_problem=None)
     (package / "_C.cpython-399-x86_64-linux-gnu.so").write_bytes(b"\x7fELF")
 
 
 def compiled_file_cut_off(package: Path) -> None:
-    without_compiled_file(package)
+    never_built(package)
     (package / f"_C{SUFFIX}").write_bytes(b"\x7fELF and then the disk was full")
 
 
+def of_another_version(package: Path) -> None:
+    record(package, version="0.0.1")
+
+
 def cuda_library_that_does_not_load(package: Path) -> None:
-    (package / "fcrn_fused_cuda.so").write_bytes(b"\x7fELF needs a libtorch_cuda.so")
+    record(package, cuda="13.0", cuda_problem=None)
+    (package / f"_cuda{SUFFIX}").write_bytes(b"\x7fELF needs a libtorch_cuda.so")
 
 
 def torch_version(version: str) -> str:
@@ -106,19 +130,24 @@ def torch_version(version: str) -> str:
 
 
 CUDA_BUILD = "import torch; torch.backends.cuda.is_built = lambda: True"
+CPU_BUILD = "import torch; torch.backends.cuda.is_built = lambda: False"
+# The source folder of a clone comes first on the path, what is installed lies elsewhere.
+SOURCE_FOLDER = f"sys.path.append({str(Path(fcrn_fused.__file__).parent.parent)!r})"
+TOO_OLD = "nvcc is of CUDA 11.8, PyTorch of CUDA 13.0"
 CASES = {
     "intact": Case(nothing),
-    "no compiled file": Case(without_compiled_file),
+    "source folder": Case(never_built, SOURCE_FOLDER),
+    "never built": Case(never_built),
+    "no compiler": Case(built_without("cpu", "there is no compiler 'c++'")),
     "another Python": Case(compiled_for_another_python),
+    "another version": Case(of_another_version),
     "cut off": Case(compiled_file_cut_off),
     "old PyTorch": Case(nothing, torch_version("2.10.3")),
     "very old PyTorch": Case(nothing, torch_version("1.13.1+cu117")),
     "a newer PyTorch": Case(nothing, torch_version("3.0.0a0+git123")),
+    "nvcc too old": Case(built_without("cuda", TOO_OLD), CUDA_BUILD),
     "CUDA library broken": Case(cuda_library_that_does_not_load, CUDA_BUILD),
-    "CPU build of PyTorch": Case(
-        cuda_library_that_does_not_load,
-        "import torch; torch.backends.cuda.is_built = lambda: False",
-    ),
+    "CPU build of PyTorch": Case(cuda_library_that_does_not_load, CPU_BUILD),
 }
 
 
@@ -172,8 +201,16 @@ def assert_falls_back(report: dict[str, Any], *words: str) -> None:
     assert "cpu: reference" in report["config"]
 
 
-def test_no_compiled_file(reports: dict[str, dict[str, Any]]) -> None:
-    assert_falls_back(reports["no compiled file"], "no compiled kernels")
+def test_a_source_folder_that_was_never_built(reports: dict[str, dict[str, Any]]) -> None:
+    assert_falls_back(reports["never built"], "was not built")
+
+
+def test_the_reason_of_the_build_is_the_reason_given(reports: dict[str, dict[str, Any]]) -> None:
+    assert_falls_back(reports["no compiler"], "there is no compiler 'c++'")
+
+
+def test_kernels_of_another_version(reports: dict[str, dict[str, Any]]) -> None:
+    assert_falls_back(reports["another version"], "0.0.1", fcrn_fused.__version__)
 
 
 def test_compiled_for_another_python(reports: dict[str, dict[str, Any]]) -> None:
@@ -199,7 +236,7 @@ def needs_compiled_kernels() -> None:
 
 def test_an_intact_copy_warns_of_nothing(reports: dict[str, dict[str, Any]]) -> None:
     needs_compiled_kernels()
-    for name in ("intact", "a newer PyTorch"):
+    for name in ("intact", "a newer PyTorch", "source folder"):
         assert_works(reports[name])
         assert reports[name]["warnings"] == []
         assert reports[name]["fused"] is None
@@ -222,7 +259,20 @@ def test_a_cuda_library_that_does_not_load_leaves_the_cpu_alone(
     assert report["warnings"] == []
     assert report["fused"] is None, "the CPU kernels are intact"
     for text in (report["why_not"]["cuda"], report["config"]):
-        assert "fcrn_fused_cuda.so does not load" in text
+        assert "fcrn_fused._cuda does not load" in text
+        assert REMEDY in text
+
+
+def test_the_reason_why_cuda_was_left_out_is_the_reason_given(
+    reports: dict[str, dict[str, Any]],
+) -> None:
+    needs_compiled_kernels()
+    report = reports["nvcc too old"]
+    assert_works(report)
+    assert report["warnings"] == []
+    assert report["why_not"]["cpu"] is None
+    for text in (report["why_not"]["cuda"], report["config"]):
+        assert f"without CUDA kernels: {TOO_OLD}" in text
         assert REMEDY in text
 
 
@@ -231,8 +281,8 @@ def test_cuda_kernels_under_a_cpu_build_of_pytorch(reports: dict[str, dict[str, 
     report = reports["CPU build of PyTorch"]
     assert_works(report)
     assert report["warnings"] == []
-    assert "CPU build" in report["why_not"]["cuda"]
-    assert "CUDA build of PyTorch" in report["config"]
+    assert "is not a CUDA build" in report["why_not"]["cuda"]
+    assert report["why_not"]["cuda"] in report["config"]
 
 
 @pytest.mark.parametrize(
@@ -246,16 +296,11 @@ def test_a_gpu_that_cannot_run_the_kernels(monkeypatch: pytest.MonkeyPatch, prob
     """What the CUDA runtime says is passed on, with the GPU, what was built, and what to do."""
     import torch
 
-    class Module:
-        @staticmethod
-        def cuda_problem(index: int) -> str:
-            return problem
-
-        @staticmethod
-        def build_info() -> dict[str, str]:
-            return {"CUDA built with": "13.0", "CUDA architectures": "8.0 9.0"}
-
-    monkeypatch.setattr(ops, "_module", Module)
+    module = ModuleType("fcrn_fused._cuda")
+    module.problem = lambda index: problem  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fcrn_fused._cuda", module)
+    monkeypatch.setitem(ops.BUILD_INFO, "cuda", "13.0")
+    monkeypatch.setitem(ops.BUILD_INFO, "architectures", "sm_80 sm_90")
     monkeypatch.setitem(ops._problems, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -266,7 +311,7 @@ def test_a_gpu_that_cannot_run_the_kernels(monkeypatch: pytest.MonkeyPatch, prob
         config = fcrn_fused.show_config()
     finally:
         ops._cuda_device_problem.cache_clear()
-    for word in (problem, "Tesla K80", "13.0", "8.0 9.0", "driver", REMEDY):
+    for word in (problem, "Tesla K80", "13.0", "sm_80 sm_90", "driver", REMEDY):
         assert word in reason
     assert f"cuda: reference, because {reason}" in config
 
@@ -287,60 +332,3 @@ def test_no_gpu_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_type_of_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "xpu" in (ops.why_not("xpu") or "")
-
-
-def build(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    if not SETUP.exists():
-        pytest.skip("the tests are not in a source checkout")
-    return subprocess.run(
-        [
-            sys.executable,
-            str(SETUP),
-            "build_ext",
-            f"--build-lib={tmp_path}",
-            f"--build-temp={tmp_path}",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=SETUP.parent,
-        env={**os.environ, **variables},
-        timeout=300,
-    )
-
-
-def test_a_wrong_choice_of_build_is_refused(tmp_path: Path) -> None:
-    run = build(tmp_path, FCRN_FUSED_BUILD="gpu")
-    assert run.returncode != 0
-    assert "FCRN_FUSED_BUILD must be one of auto, cpu, cuda, none, got 'gpu'" in run.stderr
-
-
-def test_a_cuda_build_without_nvcc_names_nvcc(tmp_path: Path) -> None:
-    search_path = os.pathsep.join(
-        directory
-        for directory in os.environ["PATH"].split(os.pathsep)
-        if not (Path(directory) / "nvcc").exists()
-    )
-    run = build(
-        tmp_path, FCRN_FUSED_BUILD="cuda", PATH=search_path, CUDA_HOME=str(tmp_path / "no-cuda")
-    )
-    assert run.returncode != 0
-    assert "nvcc" in run.stderr
-    assert "FCRN_FUSED_BUILD=cuda" in run.stderr
-    assert not list(tmp_path.glob("**/*.so"))
-
-
-@pytest.mark.parametrize("mode", ["cpu", "cuda"])
-def test_a_build_without_a_compiler_names_the_compiler(tmp_path: Path, mode: str) -> None:
-    run = build(tmp_path, FCRN_FUSED_BUILD=mode, CXX=str(tmp_path / "no-compiler"))
-    assert run.returncode != 0
-    assert "no-compiler" in run.stderr
-
-
-@pytest.mark.parametrize(
-    "variables", [{"FCRN_FUSED_BUILD": "none"}, {"FCRN_FUSED_BUILD": "auto", "CXX": "no-compiler"}]
-)
-def test_a_build_without_kernels_says_so(tmp_path: Path, variables: dict[str, str]) -> None:
-    run = build(tmp_path, **variables)
-    assert run.returncode == 0, run.stderr
-    assert "installed without compiled kernels" in run.stderr
-    assert not list(tmp_path.glob("**/*.so"))

@@ -29,7 +29,7 @@ constexpr int kBlocksAhead = 16;  // asked for while one is computed
 
 // ---- vectors ------------------------------------------------------------------------------------
 
-#if defined(__AVX2__)
+#if defined(FCRN_AVX2)
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
@@ -68,7 +68,7 @@ inline auto is_inside(int lane, int size) {
 // The lanes that are set in a mask, as bits.
 template <typename Mask>
 inline uint32_t bits_of(Mask mask) {
-#if defined(__AVX2__)
+#if defined(FCRN_AVX2)
   if constexpr (sizeof(mask[0]) == 4) {
     return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
   } else {
@@ -92,7 +92,7 @@ inline Vector<Acc> load(const T* from) {
   if constexpr (DTypeOf<T>::value == DTypeOf<Acc>::value) {
     memcpy(&values, from, sizeof(values));
   } else if constexpr (is_float && DTypeOf<T>::value == DType::bfloat16) {
-#if defined(__AVX2__)
+#if defined(FCRN_AVX2)
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     values = reinterpret_cast<Vector<Acc>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 #else
@@ -100,7 +100,7 @@ inline Vector<Acc> load(const T* from) {
     memcpy(&bits, from, sizeof(bits));
     values = reinterpret_cast<Vector<Acc>>(__builtin_convertvector(bits, FloatBits) << 16);
 #endif
-#if defined(__F16C__)
+#if defined(FCRN_AVX2)
   } else if constexpr (is_float && DTypeOf<T>::value == DType::float16) {
     values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
@@ -121,7 +121,7 @@ inline void store(T* to, Vector<Acc> values) {
     const auto rounded = bfloat16_bits(reinterpret_cast<FloatBits>(values), is_nan);
     const auto bits = __builtin_convertvector(rounded, UpperBits);
     memcpy(to, &bits, sizeof(bits));
-#if defined(__F16C__)
+#if defined(FCRN_AVX2)
   } else if constexpr (is_float && DTypeOf<T>::value == DType::float16) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
@@ -143,7 +143,7 @@ inline const T* block_of(const T* from, int size, T (&padded)[kBlock]) {
 #if defined(__x86_64__)
 // Writes a cache line past the caches.
 inline void stream_line(char* to, const char* from) {
-#if defined(__AVX2__)
+#if defined(FCRN_AVX2)
   for (int i = 0; i < 64; i += 32) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));

@@ -7,6 +7,9 @@
 #include <string_view>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -31,7 +34,9 @@ bool has_avx2() {
   static const bool has = [] {
     const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
     if (capability && std::string_view(capability) == "default") return false;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    unsigned eax, ebx, ecx = 0, edx;  // clang before 19 does not know "f16c" by name
+    return __builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+           (ecx & bit_F16C) != 0;
   }();
   return has;
 #else

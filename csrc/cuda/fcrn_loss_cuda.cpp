@@ -1,5 +1,7 @@
-// The operators on CUDA devices: allocation, device and stream. A library of its own, since it
-// needs PyTorch's CUDA library; loading it registers the kernels.
+// The operators on CUDA devices: allocation, device and stream. Importing the pybind11 module
+// `fcrn_fused._cuda` registers them; it is apart from `_C` because it needs libraries that a CPU
+// build of PyTorch, or one for another CUDA version, does not have.
+#include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <stdexcept>
@@ -89,13 +91,18 @@ STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CUDA, library) {
   fcrn::register_ops<fcrn::cuda::Cuda>(library);
 }
 
-// Why a device cannot run the kernels, in the words of the CUDA runtime; nullptr if it can.
-extern "C" __attribute__((visibility("default"))) const char* fcrn_fused_cuda_problem(int device) {
+// Why a device cannot run the kernels, in the words of the CUDA runtime; "" if it can.
+static std::string problem(int device) {
   int former = 0;
   cudaError_t error = cudaGetDevice(&former);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = fcrn::cuda::check_device();
   if (error == cudaSuccess) error = cudaSetDevice(former);
   cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
+  module.doc() = "The CUDA kernels of fcrn_fused.";
+  module.def("problem", &problem, pybind11::arg("device"));
 }

@@ -144,19 +144,20 @@ struct Known {
   }
 };
 
-template <typename T, typename Index>
-__device__ __forceinline__ T* at(const TensorView& view, Index image, Index map, Index cell) {
-  return static_cast<T*>(view.data) + (image * static_cast<Index>(view.image_stride) +
-                                       map * static_cast<Index>(view.map_stride) + cell);
+template <typename T>
+__device__ __forceinline__ T* at(const TensorView& view, uint32_t image, uint32_t map,
+                                 uint32_t cell) {
+  return static_cast<T*>(view.data) + (image * static_cast<uint32_t>(view.image_stride) +
+                                       map * static_cast<uint32_t>(view.map_stride) + cell);
 }
 
 // ---- planar: V cells of one image ---------------------------------------------------------------
 
-template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
+template <typename Acc, typename Pred, typename Target, bool kForward>
 __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<Acc>& known,
-                                             Index image, Index cell, Sums& sums) {
+                                             uint32_t image, uint32_t cell, Sums& sums) {
   constexpr int V = kVector<Pred, Target>;
-  const Index last_map = static_cast<Index>(pass.grid.maps - 1);
+  const uint32_t last_map = static_cast<uint32_t>(pass.grid.maps - 1);
   const bool per_cell = !kForward && pass.has_grad_output_per_cell();
   Acc pred[V], target[V], error[V], slope[V], cell_error[V];
   bool positive[V];
@@ -192,7 +193,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<A
   if (element_errors) store(at<Acc>(pass.errors, image, last_map, cell), error);
 
   const bool write_zeros = !pass.grad_is_for_one;
-  for (Index map = 0; map < last_map; ++map) {
+  for (uint32_t map = 0; map < last_map; ++map) {
 #pragma unroll
     for (int i = 0; i < V; ++i) error[i] = slope[i] = 0;
     if (any_positive) {
@@ -220,28 +221,28 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass, const Known<A
   if (kForward && pass.errors && pass.reduction == Reduction::cell) {
 #pragma unroll
     for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.grid.maps);
-    store(at<Acc>(pass.errors, image, Index(0), cell), cell_error);
+    store(at<Acc>(pass.errors, image, 0, cell), cell_error);
   }
 }
 
 // ---- interleaved: V elements that lie side by side ----------------------------------------------
 
-template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
+template <typename Acc, typename Pred, typename Target, bool kForward>
 __device__ __forceinline__ void interleaved_elements(const LossPass& pass, const Known<Acc>& known,
-                                                     Index first, Sums& sums) {
+                                                     uint32_t first, Sums& sums) {
   constexpr int V = kVector<Pred, Target>;
-  const Index maps = static_cast<Index>(pass.grid.maps), last_map = maps - 1;
+  const uint32_t maps = static_cast<uint32_t>(pass.grid.maps), last_map = maps - 1;
   const Pred* preds = static_cast<const Pred*>(pass.pred.data);
   const Target* targets = static_cast<const Target*>(pass.target.data);
-  const auto confidence_of = [&](Index cell) {
-    const Index element = cell * maps + last_map;
+  const auto confidence_of = [&](uint32_t cell) {
+    const uint32_t element = cell * maps + last_map;
     return pass.kinds_from_pred ? Convert<Acc>::from(preds[element])
                                 : Convert<Acc>::from(targets[element]);
   };
   Acc pred[V], target[V], error[V], slope[V];
   load(preds + first, pred);
   load(targets + first, target);
-  Index cell = first / maps, map = first % maps;
+  uint32_t cell = first / maps, map = first % maps;
   Acc confidence = confidence_of(cell);
   Acc coord_error = 0, positive_error = 0, negative_error = 0;
 #pragma unroll
@@ -342,38 +343,38 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass, const Known<A
 
 // ---- the kernels --------------------------------------------------------------------------------
 
-// Each takes a 1-d grid of kThreads threads; `Index` must hold every offset in every tensor. A
+// Each takes a 1-d grid of kThreads threads; its index must hold every offset in every tensor. A
 // forward pass takes the sums, a backward pass (kForward false) writes a gradient only.
 
-template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
+template <typename Acc, typename Pred, typename Target, bool kForward>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     planar_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   const Known<Acc> known(pass);
   if (known.nothing_to_do) return;
   constexpr int V = kVector<Pred, Target>;
-  const Index vectors_per_image = static_cast<Index>(pass.grid.cells / V);
-  const Index vectors = static_cast<Index>(pass.grid.images) * vectors_per_image;
+  const uint32_t vectors_per_image = static_cast<uint32_t>(pass.grid.cells / V);
+  const uint32_t vectors = static_cast<uint32_t>(pass.grid.images) * vectors_per_image;
   Sums sums;
-  for (Index vector = Index(blockIdx.x) * kThreads + threadIdx.x; vector < vectors;
-       vector += Index(gridDim.x) * kThreads) {
-    const Index image = vector / vectors_per_image;
-    const Index cell = (vector - image * vectors_per_image) * V;
-    planar_cells<Acc, Pred, Target, Index, kForward>(pass, known, image, cell, sums);
+  for (uint32_t vector = uint32_t(blockIdx.x) * kThreads + threadIdx.x; vector < vectors;
+       vector += uint32_t(gridDim.x) * kThreads) {
+    const uint32_t image = vector / vectors_per_image;
+    const uint32_t cell = (vector - image * vectors_per_image) * V;
+    planar_cells<Acc, Pred, Target, kForward>(pass, known, image, cell, sums);
   }
   if (kForward) finish<Acc>(pass, workspace, sums);
 }
 
-template <typename Acc, typename Pred, typename Target, typename Index, bool kForward>
+template <typename Acc, typename Pred, typename Target, bool kForward>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     interleaved_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   const Known<Acc> known(pass);
   if (known.nothing_to_do) return;
   constexpr int V = kVector<Pred, Target>;
-  const Index elements = static_cast<Index>(pass.grid.cells * pass.grid.maps);
+  const uint32_t elements = static_cast<uint32_t>(pass.grid.cells * pass.grid.maps);
   Sums sums;
-  for (Index first = (Index(blockIdx.x) * kThreads + threadIdx.x) * V; first < elements;
-       first += Index(gridDim.x) * kThreads * V) {
-    interleaved_elements<Acc, Pred, Target, Index, kForward>(pass, known, first, sums);
+  for (uint32_t first = (uint32_t(blockIdx.x) * kThreads + threadIdx.x) * V; first < elements;
+       first += uint32_t(gridDim.x) * kThreads * V) {
+    interleaved_elements<Acc, Pred, Target, kForward>(pass, known, first, sums);
   }
   if (kForward) finish<Acc>(pass, workspace, sums);
 }
@@ -454,51 +455,50 @@ void run_strided(const LossPass& pass, int num_multiprocessors, Launch&& launch)
 }
 
 // Launches the vector kernel for a pair of dtypes; false where the layout does not allow it.
-template <typename Acc, typename Pred, typename Target, typename Index, bool kForward,
-          typename Launch>
+template <typename Acc, typename Pred, typename Target, bool kForward, typename Launch>
 bool run_vector(const LossPass& pass, int num_multiprocessors, Launch&& launch) {
+  if (pass.pred.dtype != DTypeOf<Pred>::value || pass.target.dtype != DTypeOf<Target>::value) {
+    return false;
+  }
   constexpr int V = kVector<Pred, Target>;
   const int64_t cells = pass.grid.images * pass.grid.cells;
   if (is_vector_planar(pass, V)) {
-    launch(planar_kernel<Acc, Pred, Target, Index, kForward>,
-           num_blocks(cells / V, num_multiprocessors));
+    launch(planar_kernel<Acc, Pred, Target, kForward>, num_blocks(cells / V, num_multiprocessors));
     return true;
   }
   if (is_vector_interleaved(pass, V)) {
-    launch(interleaved_kernel<Acc, Pred, Target, Index, kForward>,
+    launch(interleaved_kernel<Acc, Pred, Target, kForward>,
            num_blocks(cells * pass.grid.maps / V, num_multiprocessors));
     return true;
   }
   return false;
 }
 
-template <typename Index, bool kForward, typename Launch>
-void run_indexed(const LossPass& pass, int num_multiprocessors, Launch&& launch) {
-  const DType pred = pass.pred.dtype, target = pass.target.dtype;
-  const auto run = [&]<typename Acc, typename Pred, typename Target>(Acc, Pred, Target) {
-    return pred == DTypeOf<Pred>::value && target == DTypeOf<Target>::value &&
-           run_vector<Acc, Pred, Target, Index, kForward>(pass, num_multiprocessors, launch);
+// Vectors for the pairs of dtypes that training meets; the others, float64 among them, and tensors
+// of 2^31 elements and more, which few have the memory for, go element by element.
+template <bool kForward, typename Launch>
+void run_kernel(const LossPass& pass, bool wide_index, int num_multiprocessors, Launch&& launch) {
+  const auto run = [&]<typename Pred, typename Target>(Pred, Target) {
+    return run_vector<float, Pred, Target, kForward>(pass, num_multiprocessors, launch);
   };
-  // The pairs that training meets; the others, float64 among them, go element by element.
-  if (run(float{}, float{}, float{}) || run(float{}, BFloat16{}, float{}) ||
-      run(float{}, Half{}, float{}) || run(float{}, BFloat16{}, BFloat16{}) ||
-      run(float{}, Half{}, Half{})) {
-    return;
+  if (wide_index) {
+    run_strided<int64_t, kForward>(pass, num_multiprocessors, launch);
+  } else if (!run(float{}, float{}) && !run(BFloat16{}, float{}) && !run(Half{}, float{}) &&
+             !run(BFloat16{}, BFloat16{}) && !run(Half{}, Half{})) {
+    run_strided<uint32_t, kForward>(pass, num_multiprocessors, launch);
   }
-  run_strided<Index, kForward>(pass, num_multiprocessors, launch);
 }
 
 // Chooses the kernel for a pass and calls `launch(kernel, blocks)`, which is to launch it with
 // kThreads threads a block, the pass and, for a forward pass, a Workspace of so many blocks.
 template <typename Launch>
-void run_pass(const LossPass& pass, int num_multiprocessors, Launch&& launch) {
-  const bool forward = pass.wants_sums || pass.errors;
-  if (fits_32_bits(pass)) {
-    forward ? run_indexed<uint32_t, true>(pass, num_multiprocessors, launch)
-            : run_indexed<uint32_t, false>(pass, num_multiprocessors, launch);
+void run_pass(const LossPass& pass, int num_multiprocessors, Launch&& launch,
+              bool wide_index = false) {
+  wide_index = wide_index || !fits_32_bits(pass);
+  if (pass.wants_sums || pass.errors) {
+    run_kernel<true>(pass, wide_index, num_multiprocessors, launch);
   } else {
-    forward ? run_indexed<int64_t, true>(pass, num_multiprocessors, launch)
-            : run_indexed<int64_t, false>(pass, num_multiprocessors, launch);
+    run_kernel<false>(pass, wide_index, num_multiprocessors, launch);
   }
 }
 

@@ -225,7 +225,7 @@ SELECTION = '{"status": "passed", "detail": "86 steps ran"}\n'
         (
             SELECTION
             + "=========     at void at::native::fill_kernel()+0x110\n"
-            + "=========     Host Frame: [0x1234] in fcrn_fused_cuda.so\n"
+            + "=========     Host Frame: [0x1234] in _cuda.so\n"
             + "========= ERROR SUMMARY: 1 error\n",
             86,
             "passed",

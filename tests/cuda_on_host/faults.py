@@ -228,16 +228,16 @@ FAULTS = (
     # ---- indices and alignment -------------------------------------------------------------------
     Fault(
         "offsets of 32 bits for tensors of any size",
-        "  if (fits_32_bits(pass)) {\n",
-        "  if (true) {\n",
+        "wide_index || !fits_32_bits(pass)",
+        "wide_index",
         "quick",
-        lambda how, **options: check_large(how, torch.float32, **options),
+        lambda how, **options: check_large(how, torch.float32, shape=(2, 3, 13), **options),
         "unsigned int",
     ),
     Fault(
-        "an image's stride is cut to 32 bits",
-        "(image * static_cast<Index>(view.image_stride) +",
-        "(image * static_cast<uint32_t>(view.image_stride) +",
+        "a map's offset is cut to 32 bits",
+        "load_as<Acc>(view.data, view.dtype, cell_at + map * static_cast<Index>(view.map_stride))",
+        "load_as<Acc>(view.data, view.dtype, cell_at + uint32_t(map * view.map_stride))",
         "quick",
         lambda how, **options: check_large(how, torch.float32, **options),
         _NOT_EQUAL,

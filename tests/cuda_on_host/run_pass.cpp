@@ -62,14 +62,7 @@ void run(const Description& description, const cuda_on_host::Schedule& schedule,
     cuda_on_host::race_check::forget_global(block_sums);
     std::free(block_sums);
   };
-  const int multiprocessors = description.multiprocessors;
-  if (!description.wide_index) {
-    fcrn::cuda::run_pass(pass, multiprocessors, launch);
-  } else if (forward) {
-    fcrn::cuda::run_indexed<std::int64_t, true>(pass, multiprocessors, launch);
-  } else {
-    fcrn::cuda::run_indexed<std::int64_t, false>(pass, multiprocessors, launch);
-  }
+  fcrn::cuda::run_pass(pass, description.multiprocessors, launch, description.wide_index);
   if (*ticket != 0) refuse("the ticket was left at " + std::to_string(*ticket));
 }
 
