@@ -58,7 +58,8 @@ lint: $(STAMPS)/lint $(STAMPS)/built
 	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(FORMATTED)
 	database=$$(ls -td build/temp.* | head -1) && \
-	  $(PY) -m ninja -C "$$database" -t compdb compile > "$$database/compile_commands.json" && \
+	  $(PY) -m ninja -C "$$database" -t compdb compile | sed 's#-I\([^ ]*/site-packages/\)#-isystem\1#g' \
+	    > "$$database/compile_commands.json" && \
 	  $(CLANG_TIDY) --quiet -p "$$database" $(TIDIED)
 
 wheel: $(STAMPS)/torch

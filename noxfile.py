@@ -1,11 +1,13 @@
-"""The tests once more: under several versions of PyTorch, and under sanitizers.
+"""The tests once more: under several versions of PyTorch, compilers, and sanitizers.
 
-    nox -s compat                        # one wheel, built once, under all versions
+    nox -s compat                        # one wheel, built under the oldest PyTorch, under all
     nox -s "compat(torch='2.13.0')"      # one; a CUDA build of PyTorch takes some GB
+    nox -s compilers                     # every compiler that is here
+    nox -s installs                      # every way to install, and what a user is told
     nox -s sanitize                      # CPU kernels with AddressSanitizer and UBSan
     nox -s compat -- -k definition       # arguments for pytest
 
-With `--force-venv-backend none` nothing is installed and the Python on PATH serves, which must then
+With `--force-venv-backend none` nothing is installed and the Python on PATH is used, which must then
 have the PyTorch that the session names.
 """
 
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import nox
 from nox.virtualenv import PassthroughEnv
@@ -23,8 +26,13 @@ nox.needs_version = ">=2025.2.9"  # sessions that require others
 
 ROOT = Path(__file__).parent
 WHEELS = ROOT / "build" / "compat"
-TORCH_VERSIONS = ("2.13.0", "2.14.1")
-BUILT_WITH = TORCH_VERSIONS[0]
+TORCH_VERSIONS = ("2.11.0", "2.13.0", "2.14.1")
+BUILT_WITH = TORCH_VERSIONS[0]  # the oldest that is supported
+COMPILERS = (
+    *(f"g++-{version}" for version in (11, 12, 13, 14)),
+    *(f"clang++-{version}" for version in (14, 16, 19)),
+    "ccache g++",
+)
 SANITIZERS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 )
@@ -82,13 +90,84 @@ def compat(session: nox.Session, torch: str) -> None:
 
 
 @nox.session
+@nox.parametrize("compiler", COMPILERS)
+def compilers(session: nox.Session, compiler: str) -> None:
+    """Build with a compiler, in a folder with a space, and test what its loops compute."""
+    if not shutil.which(compiler.split()[-1]) or not shutil.which(compiler.split()[0]):
+        session.skip(f"there is no {compiler}")
+    _install(session, f"torch=={TORCH_VERSIONS[1]}", *TEST_REQUIREMENTS, "setuptools>=77", "wheel")
+    copy = Path(session.create_tmp()) / "the repository"
+    _copy_tracked_files(copy)
+    session.chdir(copy)
+    environment = {"CXX": compiler, "FCRN_FUSED_BUILD": "cpu", "CCACHE_DISABLE": "1"}
+    session.run("python", "setup.py", "--quiet", "build_ext", "--inplace", env=environment)
+    files = ("definition", "dtypes", "masking", "layouts", "baseline")
+    session.run(
+        *("python", "-m", "pytest", "-q", "--require", "fused-cpu"),
+        *(f"tests/test_{name}.py" for name in files),
+        *session.posargs,
+    )
+
+
+@nox.session
+def installs(session: nox.Session) -> None:
+    """The ways to install, in the README's words and others; and what a user is told."""
+    torch = f"torch=={TORCH_VERSIONS[1]}"
+    _install(session, torch, "numpy", "ninja", "pybind11", "setuptools>=77", "wheel")
+    clone = Path(session.create_tmp()) / "clone"
+    _copy_tracked_files(clone)
+    session.chdir(clone)
+    pip = ("python", "-m", "pip", "--disable-pip-version-check")
+    config = ("python", "-m", "fcrn_fused")
+
+    def expect(words: str, *command: str, **options: Any) -> None:
+        """Runs a command whose output must hold these words."""
+        output = session.run(*command, silent=True, **options) or ""
+        session.log(output.strip().splitlines()[-1])
+        if words not in " ".join(output.split()):
+            session.error(f"{words!r} is not in:\n{output}")
+
+    expect("was not built; build it", *config)
+    refused = {"success_codes": [1]}
+    expect("this command with --no-build-isolation", *pip, "install", ".", **refused)
+    # the README's three lines, the last in the clone and outside
+    session.run(*pip, "install", "--quiet", "--no-build-isolation", ".")
+    expect("cpu: fused", *config)
+    session.chdir("/")
+    expect("cpu: fused", *config)
+    session.run(*pip, "uninstall", "--quiet", "--yes", "fcrn_fused")
+
+    session.chdir(clone)
+    session.run("python", "setup.py", "--quiet", "sdist")
+    (sdist,) = map(str, (clone / "dist").glob("*.tar.gz"))
+    expect("this command with --no-build-isolation", *pip, "install", sdist, **refused)
+    session.run(*pip, "install", "--quiet", "--no-build-isolation", sdist)
+    session.chdir("/")
+    expect("cpu: fused", *config)
+    session.run(*pip, "uninstall", "--quiet", "--yes", "fcrn_fused")
+
+    session.chdir(clone)
+    without = {"FCRN_FUSED_BUILD": "none"}
+    session.run(*pip, "install", "--quiet", "--no-build-isolation", ".", env=without)
+    expect("FCRN_FUSED_BUILD was none", *config)
+    no_compiler = {"CXX": "no-compiler"}
+    command = (*pip, "install", "--quiet", "--no-build-isolation", "--force-reinstall", "--no-deps")
+    session.run(*command, ".", env=no_compiler)
+    expect("there is no compiler 'no-compiler'", *config)
+    session.run(*pip, "install", "--quiet", "--no-build-isolation", "--editable", ".")
+    expect("cpu: fused", *config)
+    session.chdir("/")
+    expect("cpu: fused", *config)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """Run the tests in a copy whose CPU kernels are built with AddressSanitizer and UBSan."""
     _install(session, f"torch=={BUILT_WITH}", *TEST_REQUIREMENTS, "setuptools>=77", "wheel")
     copy = Path(session.create_tmp()) / "repository"
     _copy_tracked_files(copy)
     session.chdir(copy)
-    compiler = {"CXX": f"g++ {SANITIZERS}", "FCRN_FUSED_BUILD": "cpu"}
+    compiler = {"CFLAGS": SANITIZERS, "LDFLAGS": SANITIZERS, "FCRN_FUSED_BUILD": "cpu"}
     session.run("python", "setup.py", "--quiet", "build_ext", "--inplace", env=compiler)
     runtimes = [
         subprocess.run(
