@@ -7,8 +7,8 @@
     nox -s sanitize                      # CPU kernels with AddressSanitizer and UBSan
     nox -s compat -- -k definition       # arguments for pytest
 
-With `--force-venv-backend none` nothing is installed and the Python on PATH is used, which must then
-have the PyTorch that the session names.
+With `--force-venv-backend none` nothing is installed and the Python on PATH is used, which must
+then have the PyTorch that the session names.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NOT_SANITIZED = (
     "test_failures.py",
     "test_soak.py",
 )
-TEST_REQUIREMENTS = ("numpy", "pytest>=8", "hypothesis>=6.100", "pybind11>=2.12", "ninja")
+TEST_REQUIREMENTS = ("numpy", "pytest>=8", "hypothesis>=6.100", "pybind11>=2.13", "ninja")
 
 
 @nox.session
