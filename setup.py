@@ -126,9 +126,9 @@ def cuda_extension() -> Extension:
     info["cuda"], info["architectures"] = version, codes(architectures)
     return CUDAExtension(
         "fcrn_fused._cuda",
-        ["csrc/cuda/fcrn_loss_cuda.cpp", "csrc/cuda/fcrn_loss_launch.cu"],
+        ["csrc/cuda/fcrn_loss_cuda.cu"],
         include_dirs=[pybind11.get_include()],
-        extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": flags + architectures},
+        extra_compile_args={"cxx": [], "nvcc": [*flags, *architectures, "-DUSE_CUDA"]},
         optional=MODE == "auto",
     )
 

@@ -1,11 +1,11 @@
-// The loss of one cell: its kind, its weights, the error of an element and the gradient of that.
-// All compiled arithmetic of the loss is here, for the host and the device; what stands around it
-// only brings elements in and takes results out. fcrn_fused/reference.py says the same for people.
+// The rule and the arithmetic of one element: its kind, its weight, its error and its gradient, and
+// the constants of a pass. Every loop on every device calls this and decides nothing itself.
+// fcrn_fused/reference.py says the same for people.
 //
-// A positive cell has a target confidence above 0, a negative one does not, an ignored one has the
-// confidence that the caller gave for that. With w the weight of an element,
-//   E = w * (pred - target)^2   and   dloss/dpred = 2 * w * (pred - target) * dloss/dE.
-// Elements of weight 0 by their kind must be left out by a choice, not a product: 0 * NaN is NaN.
+// A cell is ignored if its confidence is the one that the caller named for that, else positive if
+// its confidence is above 0, else negative. With w the weight of an element by its cell's kind,
+//   E = w * (pred - target)^2   and   dloss/dpred = 2 * w * dloss/dE * (pred - target).
+// Elements without a weight are masked by a choice, not by a product: 0 * NaN is NaN.
 //
 // `Value` is a scalar or, in the CPU's loops, a vector of them; a comparison of vectors is a mask.
 #pragma once
@@ -14,45 +14,54 @@
 
 namespace fcrn {
 
-// Weights and the ignored confidence, rounded to what confidences are compared in; NaN, which is
-// equal to nothing, where no confidence is to be ignored.
-template <typename Acc>
-struct CellRule {
-  Acc ignore_value;
-  Acc negative_weight, positive_weight;
+// The weight of an element, and 2 * w * dloss/dE, which times the difference is its gradient.
+template <typename Value>
+struct ElementWeight {
+  Value weight, coefficient;
+
+  // The coefficient is computed in double and rounded once: a gradient carries three roundings.
+  FCRN_HD static ElementWeight of(double weight, double dloss_derror) {
+    return {static_cast<Value>(weight), static_cast<Value>(2.0 * weight * dloss_derror)};
+  }
 };
 
-// The confidence of the cell counts: the cell is positive or negative.
-template <typename Acc, typename Value>
-FCRN_HD auto is_counted(const CellRule<Acc>& rule, Value target_confidence) {
-  return target_confidence != rule.ignore_value;
+// What is the same for all elements of a pass, in the type of the arithmetic.
+template <typename Value>
+struct PassConstants {
+  double dloss_derror;  // but for a grad_output that differs from cell to cell
+  Value ignore_value;   // NaN, which is equal to nothing, where no confidence is to be ignored
+  ElementWeight<Value> negative, positive;  // of the confidence; the pose has one for each map
+};
+
+// Whether the confidence of a cell counts, and whether its pose does too.
+template <typename Mask>
+struct Kind {
+  Mask counted, positive;
+};
+
+template <typename Value>
+FCRN_HD auto kind_of(const PassConstants<Value>& constants, Value confidence) {
+  using Mask = decltype(confidence != confidence);
+  const Mask counted = confidence != constants.ignore_value;
+  return Kind<Mask>{counted, static_cast<Mask>((confidence > Value{}) & counted)};
 }
 
-// The pose of the cell counts as well.
-template <typename Acc, typename Value>
-FCRN_HD auto is_positive(const CellRule<Acc>& rule, Value target_confidence) {
-  return (target_confidence > Acc(0)) & (target_confidence != rule.ignore_value);
+template <typename Value, typename Mask>
+FCRN_HD ElementWeight<Value> confidence_weight(const PassConstants<Value>& constants,
+                                               const Kind<Mask>& kind) {
+  return {kind.positive ? constants.positive.weight : constants.negative.weight,
+          kind.positive ? constants.positive.coefficient : constants.negative.coefficient};
 }
 
 template <typename Value>
-FCRN_HD Value weighted_error(Value weight, Value difference) {
-  return weight * (difference * difference);
-}
+struct Element {
+  Value error, gradient;
+};
 
-// 2 * w * dloss/dE: a gradient is this times the difference. Taken in double and rounded once, so
-// that a gradient carries three roundings in all.
-FCRN_HD double gradient_coefficient(double weight, double dloss_derror) {
-  return 2.0 * weight * dloss_derror;
-}
-
-template <typename Value>
-FCRN_HD Value gradient(Value coefficient, Value difference) {
-  return coefficient * difference;
-}
-
-template <typename Acc, typename Pred, typename Target>
-FCRN_HD Acc difference(Pred pred, Target target) {
-  return Convert<Acc>::from(pred) - Convert<Acc>::from(target);
+template <typename Value, typename Mask>
+FCRN_HD Element<Value> element(Mask counted, const ElementWeight<Value>& weight, Value difference) {
+  return {counted ? weight.weight * (difference * difference) : Value{},
+          counted ? weight.coefficient * difference : Value{}};
 }
 
 }  // namespace fcrn

@@ -9,8 +9,8 @@
 
 namespace fcrn {
 
-// In the order of REDUCTIONS in fcrn_fused/validation.py.
-enum class Reduction : int32_t { mean, sum, batchmean, positive, cell, none };
+// What a pass gives the caller of E: one number, the mean over the maps of each cell, or E itself.
+enum class Output : int32_t { scalar, cell, element };
 
 // A weight given as a number, or as a tensor that is read where the kernel runs.
 struct Weight {
@@ -26,7 +26,6 @@ constexpr int kInlineCoordWeights = 32;
 
 struct CoordWeights {
   const void* data = nullptr;  // nullptr: the numbers
-  bool data_on_host = false;
   DType dtype = DType::float64;
   int64_t stride = 0;
   int64_t count = 1;
@@ -59,68 +58,62 @@ struct Sums {
 struct LossPass {
   Grid grid;
   TensorView pred, target;
-  // The gradient with respect to the target is that of the loss with the roles changed, but for the
-  // cells' kinds: they follow from the confidences of what is then `pred`.
-  bool kinds_from_pred = false;
+  TensorView kinds;  // the confidences that say of which kind a cell is: one map
 
   Weight negative_weight;
   double positive_weight = 1.0;
   CoordWeights coord_weights;
-  // Rounded to the dtype of the tensor that gives the kinds; NaN: no cell is ignored.
-  double ignore_value = NAN;
-  Reduction reduction = Reduction::mean;
+  double ignore_value = NAN;  // rounded to the dtype of `kinds`; NaN: no cell is ignored
 
-  // The sums, and the loss made of them, all of the accumulator's type; nullptr: not wanted.
-  bool wants_sums = false;
-  void* loss = nullptr;
+  Output output = Output::scalar;
+  double divisor = 1.0;  // of the sum of E; below 0: the number of positive cells, at least 1
+
+  // What is written; what has no pointer is not wanted.
+  TensorView errors;  // E, or its mean over the maps: (B, *S), whose map_stride is 0
+  TensorView grad;
+  void* loss = nullptr;  // scalars in the dtype of the arithmetic
   void* coord = nullptr;
   void* positive_conf = nullptr;
   void* negative_conf = nullptr;
   int64_t* num_positive = nullptr;
-  TensorView errors;  // "none": E; "cell": its mean over a cell's maps, with map_stride 0
 
-  // The gradient with respect to `pred`, of pred's dtype and layout.
-  TensorView grad;
+  // Of a backward pass.
   TensorView grad_output;                   // absent: 1
-  const int64_t* known_positive = nullptr;  // backward of "positive": how many cells there are
-  bool grad_is_for_one = false;  // `grad` holds the gradient for a grad_output of 1 (and, for
-                                 // "positive", no division): only what can differ is to be written
+  const int64_t* known_positive = nullptr;  // where `divisor` is below 0: how many cells there are
+  bool wrt_target = false;                  // dloss/dtarget is -dloss/dpred
+  bool grad_is_for_one = false;  // `grad` holds the gradient for a grad_output of 1 (undivided
+                                 // by a number of cells): only what may change is to be written
 
-  // What the sum of E is divided by; "positive" divides by a number that only the pass finds out.
-  FCRN_HD double divisor(int64_t positives) const {
-    switch (reduction) {
-      case Reduction::mean:
-        return static_cast<double>(grid.images * grid.maps * grid.cells);
-      case Reduction::batchmean:
-        return static_cast<double>(grid.batch);
-      case Reduction::positive:
-        return static_cast<double>(positives > 1 ? positives : 1);
-      case Reduction::cell:
-        return static_cast<double>(grid.maps);
-      default:
-        return 1.0;
-    }
+  FCRN_HD bool wants_sums() const { return loss || coord || num_positive; }
+  FCRN_HD bool is_forward() const { return wants_sums() || errors; }
+  FCRN_HD bool has_grad_output_per_cell() const { return grad_output && output != Output::scalar; }
+
+  FCRN_HD double divided(double value, int64_t positives) const {
+    return value / (divisor < 0 ? static_cast<double>(positives > 1 ? positives : 1) : divisor);
   }
 
-  // dloss/dE but for a grad_output that differs from cell to cell.
-  FCRN_HD double dloss_derror(double grad_output_value) const {
-    return grad_output_value / divisor(known_positive ? *known_positive : 1);
+  // dloss/dE; a forward pass takes grad_output for 1 and does not know the positive cells.
+  FCRN_HD double dloss_derror() const {
+    const double value = grad_output && output == Output::scalar
+                             ? load_as<double>(grad_output.data, grad_output.dtype, 0)
+                             : 1.0;
+    return divided(wrt_target ? -value : value, known_positive ? *known_positive : 1);
   }
 
-  // The same in a forward pass, which takes grad_output for 1 and does not know the positive cells.
-  FCRN_HD double dloss_derror_in_forward() const { return 1.0 / divisor(1); }
-
-  FCRN_HD bool has_grad_output_per_cell() const {
-    return reduction == Reduction::cell || reduction == Reduction::none;
+  // `grad` is right as it is.
+  FCRN_HD bool has_nothing_to_do() const {
+    return grad_is_for_one && dloss_derror() == divided(1.0, 1);
   }
 
   template <typename Acc>
-  FCRN_HD CellRule<Acc> rule() const {
-    return {static_cast<Acc>(ignore_value), static_cast<Acc>(negative_weight.value()),
-            static_cast<Acc>(positive_weight)};
+  FCRN_HD PassConstants<Acc> constants() const {
+    const double slope = dloss_derror();
+    return {slope, static_cast<Acc>(ignore_value),
+            ElementWeight<Acc>::of(negative_weight.value(), slope),
+            ElementWeight<Acc>::of(positive_weight, slope)};
   }
 
-  // Writes the sums of the whole pass and the loss, in the accumulator's type.
+  // Writes the sums of the whole pass and the loss, in the type of the arithmetic.
   template <typename Acc>
   FCRN_HD void write_results(const Sums& sums) const {
     const auto write = [](void* to, double value) {
@@ -131,7 +124,16 @@ struct LossPass {
     write(negative_conf, sums.negative_conf);
     if (num_positive) *num_positive = sums.num_positive;
     const double total = sums.coord + sums.positive_conf + sums.negative_conf;
-    write(loss, total / divisor(sums.num_positive));
+    write(loss, divided(total, sums.num_positive));
+  }
+
+  // Whether `check` holds for every tensor of the pass (`kinds` is a map of one of them).
+  template <typename Check>
+  bool all_views(Check&& check) const {
+    for (const TensorView* view : {&pred, &target, &grad, &errors}) {
+      if (*view && !check(*view)) return false;
+    }
+    return !has_grad_output_per_cell() || check(grad_output);
   }
 };
 

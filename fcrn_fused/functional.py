@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -14,10 +14,6 @@ from . import ops, reference
 from .autograd import FCRNLossFunction
 from .stats import FCRNLossStats
 from .validation import Rule, check, check_backend
-
-# FCRNLossFunction.apply but for its preparations for torch.func, whose transforms do not come here;
-# they take 7 % of a training step's loss on a small grid.
-_apply_in_eager_mode = super(torch.autograd.Function, FCRNLossFunction).apply
 
 
 @overload
@@ -112,68 +108,34 @@ def fcrn_loss(
             not fit; a weight that requires grad.
         RuntimeError: `backend="fused"` and no compiled kernel serves the input.
     """
-    rule: Any = (negative_weight, positive_weight, coord_weight, ignore_value, reduction)
-    if backend == "auto" or backend == "fused":
-        try:
-            if _goes_straight(pred, target):
-                return _fused(pred, target, rule, return_stats, _apply_in_eager_mode)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError, TypeError, ValueError):
-            pass  # the operator refused what does not fit; below it is said in words
-    rule = check(pred, target, *rule)
-    if check_backend(backend) != "reference" and _fused_serves(pred, target, backend):
-        return _fused(pred, target, rule, return_stats)
-    return reference.fcrn_loss(
-        pred,
-        target,
-        negative_weight=negative_weight,
-        positive_weight=positive_weight,
-        coord_weight=coord_weight,
-        ignore_value=ignore_value,
-        reduction=reduction,
-        return_stats=return_stats,
+    check_backend(backend)
+    rule = check(
+        pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
     )
+    return loss_by_rule(pred, target, rule, return_stats, backend)
 
 
-def _fused(
-    pred: Tensor,
-    target: Tensor,
-    rule: Rule | tuple[Any, ...],
-    return_stats: bool,
-    apply: Callable[..., Any] = FCRNLossFunction.apply,
+def loss_by_rule(
+    pred: Tensor, target: Tensor, rule: Rule, return_stats: bool, backend: str
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
-    if torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad):
-        result = apply(pred, target, *rule, return_stats)
-        if not return_stats:
-            loss: Tensor = result
-            return loss
+    """`fcrn_loss` for a rule that has been checked already."""
+    if backend == "reference" or not _use_fused(pred, target, backend):
+        return reference.loss_by_rule(pred, target, rule, return_stats)
+    needs_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
+    results: Sequence[Any]
+    if needs_grad and not torch.jit.is_tracing():  # which cannot save a Function
+        results = FCRNLossFunction.apply(pred, target, *rule, return_stats)
     else:
-        result = ops.forward(pred, target, rule, False, return_stats)
-    return (result[0], FCRNLossStats(*result[1:])) if return_stats else result[0]
+        arguments = ops.op_arguments(pred, rule)
+        if ops.is_traced():
+            results = ops.forward(pred, target, arguments)
+        else:
+            results = ops.run_forward(pred, target, arguments, return_stats)
+    return (results[0], FCRNLossStats(*results[1:])) if return_stats else results[0]
 
 
-def _goes_straight(pred: Tensor, target: Tensor) -> bool:
-    """Nothing is or was traced, transformed or differentiated forward, and there is a kernel."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or fwAD._current_level >= 0
-        or _is_wrapped(pred)  # it leaked out of a transform
-        or _is_wrapped(target)
-    ):
-        return False
-    if pred.is_cpu:
-        return ops.why_not("cpu") is None
-    device = pred.device
-    return ops.why_not(device.type, device.index) is None
-
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def _fused_serves(pred: Tensor, target: Tensor, backend: str) -> bool:
-    """Whether the compiled kernels serve the input; if not and they were asked for, raises."""
+def _use_fused(pred: Tensor, target: Tensor, backend: str) -> bool:
+    """Whether compiled kernels support the input; if not and they were asked for, raises."""
     transform = _active_transform(pred, target)
     reason = transform or ops.why_not(pred.device.type, pred.device.index)
     if reason is None and pred.dim() > ops.MAX_DIMS:  # and they do not lie side by side
@@ -188,12 +150,19 @@ def _fused_serves(pred: Tensor, target: Tensor, backend: str) -> bool:
 
 
 def _active_transform(pred: Tensor, target: Tensor) -> str | None:
-    """Why an autograd.Function cannot be used here: a functorch transform or forward-mode AD."""
-    if torch._C._are_functorch_transforms_active():
+    """Why the kernels cannot be used: a functorch transform or forward-mode AD."""
+    if (
+        torch._C._are_functorch_transforms_active()
+        or _is_wrapped(pred)  # it leaked out of a transform
+        or _is_wrapped(target)
+    ):
         return "torch.func transforms differentiate and batch the reference only"
     if fwAD._current_level >= 0 and (_is_dual(pred) or _is_dual(target)):
         return "forward-mode AD differentiates the reference only"
     return None
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _is_dual(tensor: Tensor) -> bool:
@@ -207,4 +176,4 @@ def _warn_once(message: str) -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -1,4 +1,11 @@
-"""The compiled operators: finds them, says why not, and gives them their fake kernels."""
+"""The operators: the compiled one finds its kernels here, the others allocate and call it.
+
+`fcrn_fused::loss_pass`, in C++, is one pass over the maps; it writes into the tensors it is given.
+`fcrn_fused::forward` and `fcrn_fused::backward` allocate the results and can be traced and
+differentiated: they are what compiled, exported and traced programs hold. In eager mode
+`autograd.FCRNLossFunction` calls `run_forward` and `run_backward`, which are the same without the
+way through PyTorch's dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +13,19 @@ import functools
 import importlib
 import platform
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .reductions import COUNT_POSITIVE, DIVISORS, OUTPUTS
 from .reference import accumulation_dtype
-from .validation import REDUCTIONS, Rule
+from .validation import Rule
 from .version import __version__
 
 MAX_DIMS = 18  # B, C and kMaxSpatialDims of csrc/tensor_view.h; more, where some lie in one
+_MOST_NUMBERS = 32  # kInlineCoordWeights of csrc/loss_pass.h
 _OLDEST_TORCH = (2, 11)
 _REBUILD = "build it again with `pip install --no-build-isolation .`"
 _FOLDERS = sys.modules[__package__].__path__
@@ -43,21 +51,139 @@ def why_not(device_type: str, index: int | None = None) -> str | None:
     return problem
 
 
-def forward(
+# ---- one pass ------------------------------------------------------------------------------------
+
+# loss, coord, positive_conf, negative_conf, num_positive
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
+    """A `Rule` as the operators take it: tensors and numbers apart, the reduction as a divisor."""
+    negative, positive, coord, ignore_value, reduction = rule
+    negative_tensor = coord_tensor = None
+    if isinstance(negative, Tensor):
+        negative_tensor, negative = negative, 0.0
+    if isinstance(coord, Tensor):
+        coord_tensor, coord = coord, (0.0,)
+    elif isinstance(coord, float):
+        coord = (coord,)
+    elif len(coord) > _MOST_NUMBERS:
+        coord_tensor, coord = torch.tensor(coord, dtype=torch.float64), (0.0,)
+    numbers = [negative, positive, *coord]
+    divisor, output = DIVISORS[reduction](pred), OUTPUTS.get(reduction, 0)
+    return negative_tensor, coord_tensor, numbers, ignore_value, divisor, output
+
+
+def run_forward(
     pred: Tensor,
     target: Tensor,
-    rule: Rule | tuple[Any, ...],
-    want_grad: bool = False,
-    want_stats: bool = False,
-) -> list[Tensor]:
-    """One pass: `[loss[, coord, positive_conf, negative_conf, num_positive][, grad]]`.
+    arguments: tuple[Any, ...],
+    want_stats: bool,
+    grad: Tensor | None = None,
+) -> Results:
+    """The loss and, if wanted, its parts; into `grad`, if given, dloss/dpred for a grad_output of 1.
 
-    `grad` is dloss/dpred for a grad_output of 1; for "positive", still to be divided by the number
-    of positive cells, which is known only at the end of the pass (`rescale_` does it).
+    Where `divisor` counts the positive cells, known only at the end of the pass, `grad` is still to
+    be divided by them: `run_backward` with `rescaled` does it.
     """
-    result: list[Tensor] = torch.ops.fcrn_fused.forward.default(
-        pred, target, *_op_arguments(pred, *rule), want_grad, want_stats
+    *_, divisor, output = arguments
+    dtype = accumulation_dtype(pred.dtype, target.dtype)
+    match output:
+        case 0:
+            loss = pred.new_empty((), dtype=dtype)
+        case 1:
+            loss = pred.new_empty((pred.shape[0], *pred.shape[2:]), dtype=dtype)
+        case _:
+            loss = torch.empty_like(pred, dtype=dtype)
+    coord = positive_conf = negative_conf = num_positive = None
+    if want_stats:
+        coord, positive_conf, negative_conf = (pred.new_empty((), dtype=dtype) for _ in range(3))
+    if want_stats or divisor == COUNT_POSITIVE:
+        num_positive = pred.new_empty((), dtype=torch.int64)
+    torch.ops.fcrn_fused.loss_pass.default(
+        *(pred, target, *arguments, None, None, False, False),
+        *(loss, coord, positive_conf, negative_conf, num_positive, grad),
+        _workspace(pred) if pred.is_cuda else None,
     )
+    return loss, coord, positive_conf, negative_conf, num_positive
+
+
+def run_backward(
+    grad_output: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    arguments: tuple[Any, ...],
+    num_positive: Tensor | None,
+    *,
+    wrt_target: bool = False,
+    rescaled: Tensor | None = None,
+) -> Tensor:
+    """dloss/dpred or dloss/dtarget.
+
+    `rescaled`, if given, is the `grad` of `run_forward`. It is put right in place: the device looks
+    at grad_output, does nothing where it is 1, and else computes anew what can differ from zero,
+    so the result is the same to the bit.
+    """
+    if wrt_target and pred.dtype != target.dtype:
+        return _backward_of_mixed_dtypes(grad_output, pred, target, arguments, num_positive)
+    grad = torch.empty_like(target if wrt_target else pred) if rescaled is None else rescaled
+    torch.ops.fcrn_fused.loss_pass.default(
+        *(pred, target, *arguments, grad_output, num_positive, wrt_target, rescaled is not None),
+        *(None, None, None, None, None, grad, None),
+    )
+    return grad
+
+
+def _backward_of_mixed_dtypes(
+    grad_output: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    arguments: tuple[Any, ...],
+    num_positive: Tensor | None,
+) -> Tensor:
+    """dloss/dtarget where the kernels, which write gradients in the dtype of pred, cannot.
+
+    Widening is exact, and the confidence to ignore is rounded as target was: the result is rounded
+    once, as theirs are.
+    """
+    *weights, ignore_value, divisor, output = arguments
+    if ignore_value is not None:
+        ignore_value = torch.tensor(ignore_value, dtype=torch.float64).to(target.dtype).item()
+    wide = accumulation_dtype(pred.dtype, target.dtype)
+    grad = run_backward(
+        grad_output,
+        pred.to(wide),
+        target.to(wide),
+        (*weights, ignore_value, divisor, output),
+        num_positive,
+        wrt_target=True,
+    )
+    return grad.to(target.dtype)
+
+
+def _workspace(pred: Tensor) -> Tensor:
+    """Memory for the sums of a launch's blocks, 32 bytes each, and one more for its ticket."""
+    multiprocessors = torch.cuda.get_device_properties(pred.device).multi_processor_count
+    blocks = multiprocessors * importlib.import_module("fcrn_fused._cuda").blocks_per_multiprocessor
+    return pred.new_empty((blocks + 1, 4), dtype=torch.int64)
+
+
+# ---- traced and differentiable ------------------------------------------------------------------
+
+
+def is_traced() -> bool:
+    """Whether operators are recorded: what runs must then be one that can be differentiated."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        # make_fx, fake tensors and users' own modes; there is no public name for it
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """`[loss, coord, positive_conf, negative_conf, num_positive]` by the traceable operator."""
+    result: list[Tensor] = torch.ops.fcrn_fused.forward.default(pred, target, *arguments)
     return result
 
 
@@ -65,78 +191,98 @@ def backward(
     grad_output: Tensor,
     pred: Tensor,
     target: Tensor,
-    rule: Rule | tuple[Any, ...],
-    num_positive: Tensor | None,
-    *,
-    wrt_target: bool = False,
+    arguments: tuple[Any, ...],
+    num_positive: Tensor,
+    wrt_target: bool,
 ) -> Tensor:
-    """dloss/dpred or dloss/dtarget, computed afresh; `num_positive` is wanted by "positive"."""
-    gradient: Tensor = torch.ops.fcrn_fused.backward.default(
-        grad_output, pred, target, *_op_arguments(pred, *rule), num_positive, wrt_target
+    """dloss/dpred or dloss/dtarget by the traceable operator."""
+    result: Tensor = torch.ops.fcrn_fused.backward.default(
+        grad_output, pred, target, *arguments, num_positive, wrt_target
     )
-    return gradient
+    return result
 
 
-def rescale_(
-    grad: Tensor,
-    grad_output: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    rule: Rule | tuple[Any, ...],
-    num_positive: Tensor | None,
+def _forward_kernel(pred: Tensor, target: Tensor, *arguments: Any) -> Results:
+    return run_forward(pred, target, arguments, want_stats=True)
+
+
+def _backward_kernel(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments: Any) -> Tensor:
+    *rule, num_positive, wrt_target = arguments
+    grad_output = grad_output.contiguous()
+    return run_backward(grad_output, pred, target, tuple(rule), num_positive, wrt_target=wrt_target)
+
+
+def _fake_pass(
+    pred: Tensor, target: Tensor, negative: Tensor | None, coord: Tensor | None, *_: Any
 ) -> None:
-    """Turn the `grad` that `forward` wrote into the gradient for `grad_output`, in place.
+    """What the kernels check as well; a call with a tensor on "meta" comes here."""
+    torch._check(target.device == pred.device, lambda: "target must be on the device of pred")
+    for weight in (negative, coord):
+        torch._check(
+            weight is None or weight.device == pred.device or weight.device.type == "cpu",
+            lambda: "a weight must be on the device of pred or on the CPU",
+        )
 
-    The device decides: nothing is done where grad_output is 1; else what can differ from zero is
-    computed afresh, so the result is the same to the bit as that of `backward`.
-    """
-    torch.ops.fcrn_fused.rescale_.default(
-        grad, grad_output, pred, target, *_op_arguments(pred, *rule), num_positive
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pred, target, negative, coord, *ctx.settings = inputs
+    ctx.save_for_backward(pred, target, negative, coord, output[4])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_forward(
+    ctx: Any, grad_output: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    pred, target, negative, coord, num_positive = ctx.saved_tensors
+    arguments = (negative, coord, *ctx.settings)
+    grads: list[Tensor | None] = [None, None]
+    if grad_output is not None:
+        for i in (0, 1):
+            if ctx.needs_input_grad[i]:
+                grads[i] = backward(grad_output, pred, target, arguments, num_positive, i == 1)
+    return (*grads, *(None,) * len(arguments))
+
+
+def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("the second derivatives of fcrn_loss exist in eager mode only")
+
+
+def _batch_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+    """vmap over grad_output and what else is batched, one after the other."""
+
+    def example(index: int) -> tuple[Any, ...]:
+        return tuple(
+            given if dim is None else given.select(dim, index)
+            for given, dim in zip(inputs, in_dims, strict=True)
+        )
+
+    grads = [torch.ops.fcrn_fused.backward.default(*example(i)) for i in range(info.batch_size)]
+    return torch.stack(grads), 0
+
+
+def _register() -> None:
+    rule = (
+        "Tensor? negative_weight, Tensor? coord_weight, float[] numbers, float? ignore_value, "
+        "SymInt divisor, int output"
     )
-
-
-def _op_arguments(
-    pred: Tensor,
-    negative_weight: float | Tensor,
-    positive_weight: float,
-    coord_weight: float | Sequence[float] | Tensor,
-    ignore_value: float | None,
-    reduction: str,
-) -> tuple[Any, ...]:
-    """A `Rule` as the operators take it: tensors and numbers apart, the reduction by its place.
-
-    The operators check values; that a number is one is checked here, since they would take a
-    tensor of one element for it.
-    """
-    negative_tensor = coord_tensor = None
-    if isinstance(negative_weight, Tensor):
-        if negative_weight.requires_grad:
-            raise ValueError("negative_weight is a constant and must not require grad")
-        negative_tensor, negative_weight = negative_weight, 0.0
-    if isinstance(coord_weight, (float, int)):
-        coord_weight = (coord_weight,)
-    elif isinstance(coord_weight, Tensor):
-        if coord_weight.requires_grad:
-            raise ValueError("coord_weight is a constant and must not require grad")
-        coord_tensor, coord_weight = coord_weight, ()
-    else:
-        if len(coord_weight) == 1 and pred.shape[1] != 2:  # the operators take one number for all
-            raise ValueError("coord_weight must be one number or one for each pose map, got 1")
-        if not all(isinstance(weight, (float, int)) for weight in coord_weight):
-            raise TypeError("coord_weight must be made of numbers")
-    if not isinstance(positive_weight, (float, int)):
-        raise TypeError(f"positive_weight must be a number, got {type(positive_weight).__name__}")
-    if not (ignore_value is None or isinstance(ignore_value, (float, int))):
-        raise TypeError(f"ignore_value must be a number, got {type(ignore_value).__name__}")
-    return (
-        negative_tensor,
-        coord_tensor,
-        negative_weight,
-        positive_weight,
-        coord_weight,
-        ignore_value,
-        REDUCTIONS.index(reduction),
+    tensors = ", ".join(["Tensor"] * 5)
+    _library.define(f"forward(Tensor pred, Tensor target, {rule}) -> ({tensors})")
+    _library.define(
+        f"backward(Tensor grad_output, Tensor pred, Tensor target, {rule}, Tensor num_positive, "
+        "bool wrt_target) -> Tensor"
     )
+    for device in ("CPU", "CUDA"):
+        _library.impl("forward", _forward_kernel, device)
+        _library.impl("backward", _backward_kernel, device)
+    for name, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
+        torch.library.register_fake(f"fcrn_fused::{name}", kernel)
+    torch.library.register_fake("fcrn_fused::loss_pass", _fake_pass)
+    torch.library.register_autograd(
+        "fcrn_fused::forward", _differentiate_forward, setup_context=_save_for_backward
+    )
+    torch.library.register_autograd("fcrn_fused::backward", _no_second_derivative)
+    torch.library.register_vmap("fcrn_fused::backward", _batch_backward)
 
 
 def _load() -> dict[str, str | None]:
@@ -203,88 +349,7 @@ def _cuda_device_problem(index: int | None) -> str | None:
 _cuda_device_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check_devices(pred: Tensor, target: Tensor, *weights: Tensor | None) -> None:
-    """What the kernels check as well; a call with a tensor on "meta" comes to the fake kernel."""
-    torch._check(target.device == pred.device, lambda: "target must be on the device of pred")
-    for weight in weights:
-        torch._check(
-            weight is None or weight.device == pred.device or weight.device.type == "cpu",
-            lambda: "a weight must be on the device of pred or on the CPU",
-        )
-
-
-def _fake_forward(
-    pred: Tensor,
-    target: Tensor,
-    negative_weight_tensor: Tensor | None,
-    coord_weight_tensor: Tensor | None,
-    negative_weight: float,
-    positive_weight: float,
-    coord_weight: list[float],
-    ignore_value: float | None,
-    reduction: int,
-    want_grad: bool,
-    want_stats: bool,
-) -> list[Tensor]:
-    _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
-    dtype = accumulation_dtype(pred.dtype, target.dtype)
-    match REDUCTIONS[reduction]:
-        case "none":
-            loss = torch.empty_like(pred, dtype=dtype)
-        case "cell":
-            loss = pred.new_empty((pred.shape[0], *pred.shape[2:]), dtype=dtype)
-        case _:
-            loss = pred.new_empty((), dtype=dtype)
-    result = [loss]
-    if want_stats:
-        result += [pred.new_empty((), dtype=dtype) for _ in range(3)]
-        result += [pred.new_empty((), dtype=torch.int64)]
-    if want_grad:
-        result += [torch.empty_like(pred)]
-    return result
-
-
-def _fake_backward(
-    grad_output: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    negative_weight_tensor: Tensor | None,
-    coord_weight_tensor: Tensor | None,
-    negative_weight: float,
-    positive_weight: float,
-    coord_weight: list[float],
-    ignore_value: float | None,
-    reduction: int,
-    num_positive: Tensor | None,
-    wrt_target: bool,
-) -> Tensor:
-    _check_devices(pred, target, negative_weight_tensor, coord_weight_tensor)
-    return torch.empty_like(target if wrt_target else pred)
-
-
-def _fake_rescale_(
-    grad: Tensor,
-    grad_output: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    negative_weight_tensor: Tensor | None,
-    coord_weight_tensor: Tensor | None,
-    negative_weight: float,
-    positive_weight: float,
-    coord_weight: list[float],
-    ignore_value: float | None,
-    reduction: int,
-    num_positive: Tensor | None,
-) -> None:
-    return None
-
-
 _problems = _load()
+_library = torch.library.Library("fcrn_fused", "FRAGMENT")
 if _problems["cpu"] is None:
-    torch.library.register_fake("fcrn_fused::forward", _fake_forward)
-    torch.library.register_fake("fcrn_fused::backward", _fake_backward)
-    torch.library.register_fake("fcrn_fused::rescale_", _fake_rescale_)
-    # Autograd is FCRNLossFunction's; below it the operators go to their kernels directly.
-    _library = torch.library.Library("fcrn_fused", "IMPL")
-    for _name in ("forward", "backward", "rescale_"):
-        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _register()

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from .reductions import COUNT_POSITIVE, DIVISORS
 from .stats import FCRNLossStats
 from .validation import Rule, check
 
@@ -69,14 +70,21 @@ def fcrn_loss(
     rule = check(
         pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
     )
+    return loss_by_rule(pred, target, rule, return_stats)
+
+
+def loss_by_rule(
+    pred: Tensor, target: Tensor, rule: Rule, return_stats: bool
+) -> Tensor | tuple[Tensor, FCRNLossStats]:
+    """`fcrn_loss` for a rule that has been checked already."""
     cells = weigh(pred, target, rule)
     errors = cells.weight * cells.difference**2
-    if reduction == "none":
+    if rule.reduction == "none":
         loss = errors
-    elif reduction == "cell":
-        loss = errors.sum(1) / errors.shape[1]
+    elif rule.reduction == "cell":
+        loss = errors.sum(1) / _divisor(pred, cells, rule.reduction)
     else:
-        loss = _sum(errors) / _divisor(cells, reduction)
+        loss = _sum(errors) / _divisor(pred, cells, rule.reduction)
     if not return_stats:
         return loss
     confidence_error = errors[:, -1:].detach()
@@ -134,12 +142,8 @@ def gradient(grad_output: Tensor, pred: Tensor, target: Tensor, rule: Rule) -> T
     dloss/dtarget is its negative. `grad_output` has the loss's shape and dtype.
     """
     cells = weigh(pred, target, rule)
-    if rule.reduction == "none":
-        scale = grad_output
-    elif rule.reduction == "cell":
-        scale = grad_output.unsqueeze(1) / pred.shape[1]
-    else:
-        scale = grad_output / _divisor(cells, rule.reduction)
+    scale = grad_output.unsqueeze(1) if rule.reduction == "cell" else grad_output
+    scale = scale / _divisor(pred, cells, rule.reduction)
     return torch.where(cells.counted, 2 * cells.weight * cells.difference * scale, 0)
 
 
@@ -163,16 +167,9 @@ def _sum(errors: Tensor) -> Tensor:
     return torch.stack([piece.sum() for piece in pieces]).sum()
 
 
-def _divisor(cells: WeighedCells, reduction: str) -> int | Tensor:
-    match reduction:
-        case "mean":
-            return cells.weight.numel()
-        case "batchmean":
-            return cells.weight.shape[0]
-        case "positive":
-            return cells.positive.sum().clamp(min=1)
-        case _:
-            return 1
+def _divisor(pred: Tensor, cells: WeighedCells, reduction: str) -> int | Tensor:
+    divisor = DIVISORS[reduction](pred)
+    return cells.positive.sum().clamp(min=1) if divisor == COUNT_POSITIVE else divisor
 
 
 def _positive_weights(

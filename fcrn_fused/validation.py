@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("mean", "sum", "batchmean", "positive", "cell", "none")
+from .reductions import REDUCTIONS
+
 BACKENDS = ("auto", "fused", "reference")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _UNKNOWN_SUBCLASSES = {

@@ -10,7 +10,6 @@
 // loops have no branch that depends on where the positive cells are, and memory sees whole rows.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "fcrn_loss_cpu.h"
@@ -55,6 +54,17 @@ typedef uint16_t UpperBits __attribute__((vector_size(kVectorBytes / 2)));
 template <typename Acc>
 inline Vector<Acc> splat(Acc value) {
   return Vector<Acc>{} + value;
+}
+
+template <typename Acc>
+inline ElementWeight<Vector<Acc>> splat(const ElementWeight<Acc>& weight) {
+  return {splat(weight.weight), splat(weight.coefficient)};
+}
+
+template <typename Acc>
+inline PassConstants<Vector<Acc>> splat(const PassConstants<Acc>& constants) {
+  return {constants.dloss_derror, splat(constants.ignore_value), splat(constants.negative),
+          splat(constants.positive)};
 }
 
 // Which lanes of the vector at `lane` of a block belong to its first `size` cells.
@@ -164,7 +174,8 @@ inline void store_row(void* to, const void* row, int64_t bytes, [[maybe_unused]]
 #if defined(__x86_64__)
   constexpr int64_t kLine = 64;
   if (stream) {
-    const int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(to) & (kLine - 1), bytes);
+    const int64_t to_line = -reinterpret_cast<intptr_t>(to) & (kLine - 1);
+    const int64_t head = to_line < bytes ? to_line : bytes;
     memcpy(out, in, head);
     for (out += head, in += head, bytes -= head; bytes >= kLine;
          out += kLine, in += kLine, bytes -= kLine) {
@@ -209,11 +220,6 @@ struct CellSums {
 
 // ---- the loops ----------------------------------------------------------------------------------
 
-template <typename Acc>
-struct Coefficients {  // of a gradient: 2 * w * dloss/dE
-  Acc negative, positive;
-};
-
 // Everything about a pass that the loops want at hand, in the types they work with.
 template <typename Acc, typename Pred, typename Target>
 class Loops {
@@ -222,13 +228,10 @@ class Loops {
  public:
   explicit Loops(const ChunkPlan& plan)
       : pass_(plan.pass),
-        rule_(plan.pass.rule<Acc>()),
-        dloss_derror_(plan.dloss_derror),
-        conf_{coefficient(plan.pass.negative_weight.value()),
-              coefficient(plan.pass.positive_weight)},
-        per_cell_(plan.pass.grad_output && plan.pass.has_grad_output_per_cell()),
-        per_cell_error_(plan.pass.errors && plan.pass.reduction == Reduction::cell),
-        per_element_error_(plan.pass.errors && plan.pass.reduction == Reduction::none),
+        constants_(plan.pass.constants<Acc>()),
+        per_cell_(plan.pass.has_grad_output_per_cell()),
+        per_cell_error_(plan.pass.errors && plan.pass.output == Output::cell),
+        per_element_error_(plan.pass.errors && plan.pass.output == Output::element),
         grad_is_interleaved_(plan.pass.grad && plan.pass.grad.is_interleaved(plan.pass.grid)),
         stream_(plan.stream) {}
 
@@ -239,7 +242,7 @@ class Loops {
     confidences(image, begin, count, rows, sums);
     store_rows(image, last_map, begin, count, rows);
     // Where no cell is positive the rows stay zero; elsewhere each map overwrites the one before.
-    memset(rows.slopes, 0, count * sizeof(Pred));
+    memset(rows.grads, 0, count * sizeof(Pred));
     if (per_element_error_) memset(rows.errors, 0, count * sizeof(Acc));
     for (int64_t map = 0; map < last_map; ++map) {
       pose(image, map, begin, count, rows, sums);
@@ -247,7 +250,7 @@ class Loops {
     }
     if (per_cell_error_) {
       for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= pass_.grid.maps;
-      store_row(element<Acc>(pass_.errors, image, 0, begin), rows.cell_errors, count * sizeof(Acc),
+      store_row(place<Acc>(pass_.errors, image, 0, begin), rows.cell_errors, count * sizeof(Acc),
                 stream_);
     }
   }
@@ -262,12 +265,8 @@ class Loops {
   }
 
  private:
-  Acc coefficient(double weight) const {
-    return static_cast<Acc>(gradient_coefficient(weight, dloss_derror_));
-  }
-
   template <typename T>
-  static T* element(const TensorView& view, int64_t image, int64_t map, int64_t cell) {
+  static T* place(const TensorView& view, int64_t image, int64_t map, int64_t cell) {
     return static_cast<T*>(view.data) + image * view.image_stride + map * view.map_stride + cell;
   }
 
@@ -276,20 +275,15 @@ class Loops {
     return view ? static_cast<T*>(view.data) + view.cell_offset(pass_.grid, image, cell) : nullptr;
   }
 
-  struct PoseMap {
-    Acc weight, coefficient;
-  };
-
-  PoseMap pose_map(int64_t map) const {
-    const double weight = pass_.coord_weights.value(map);
-    return {static_cast<Acc>(weight), coefficient(weight)};
+  ElementWeight<Acc> pose_weight(int64_t map) const {
+    return ElementWeight<Acc>::of(pass_.coord_weights.value(map), constants_.dloss_derror);
   }
 
   // What is written of a chunk: its blocks with a positive cell, and one map of the results.
   struct Rows {
     int num_positive_blocks = 0;
     int positive_blocks[kChunkBlocks];  // their first cells, counted from the chunk's
-    alignas(64) Pred slopes[kChunkCells];
+    alignas(64) Pred grads[kChunkCells];
     alignas(64) Acc errors[kChunkCells];
     alignas(64) Acc cell_errors[kChunkCells];  // added up over the maps
   };
@@ -301,33 +295,25 @@ class Loops {
     using V = Vector<Acc>;
 
    public:
-    explicit ConfidenceBlocks(const Loops& loops)
-        : rule_(loops.rule_),
-          negative_weight_(splat(loops.rule_.negative_weight)),
-          positive_weight_(splat(loops.rule_.positive_weight)),
-          negative_(splat(loops.conf_.negative)),
-          positive_(splat(loops.conf_.positive)),
-          kinds_from_pred_(loops.pass_.kinds_from_pred) {}
+    explicit ConfidenceBlocks(const Loops& loops) : constants_(splat(loops.constants_)) {}
 
-    // Slopes and, if wanted, errors of a block's first `size` cells; the positive ones, as bits.
-    // `scale`, if not null, is what the slopes are multiplied by.
-    uint32_t compute(const Pred* pred, const Target* target, const Acc* scale, int size,
-                     Pred* slopes, Acc* errors, CellSums& sums) {
+    // Gradients and, if wanted, errors of a block's first `size` cells; the positive ones, as bits.
+    // `scale`, if not null, is what the gradients are multiplied by.
+    uint32_t compute(const Pred* pred, const Target* target, const Target* kinds, const Acc* scale,
+                     int size, Pred* grads, Acc* errors, CellSums& sums) {
       uint32_t positive_cells = 0;
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        const V p = load<Acc>(pred + i), t = load<Acc>(target + i), d = p - t;
-        const V confidence = kinds_from_pred_ ? p : t;
-        const auto is_pos = is_positive(rule_, confidence);
-        const auto counts = is_counted(rule_, confidence) & is_inside<Acc>(i, size);
-        const V error =
-            counts ? weighted_error(is_pos ? positive_weight_ : negative_weight_, d) : V{};
-        V coefficient = is_pos ? positive_ : negative_;
-        if (scale) coefficient *= load<Acc>(scale + i);
-        store<Acc>(slopes + i, counts ? gradient(coefficient, d) : V{});
+        auto kind = kind_of(constants_, load<Acc>(kinds + i));
+        kind.counted &= is_inside<Acc>(i, size);
+        auto weight = confidence_weight(constants_, kind);
+        if (scale) weight.coefficient *= load<Acc>(scale + i);
+        const auto [error, grad] =
+            element(kind.counted, weight, load<Acc>(pred + i) - load<Acc>(target + i));
+        store<Acc>(grads + i, grad);
         if (errors) store<Acc>(errors + i, error);
-        positive_errors_[i / kLanes<Acc>] += is_pos ? error : V{};
-        negative_errors_[i / kLanes<Acc>] += is_pos ? V{} : error;
-        positive_cells |= bits_of(is_pos) << i;
+        positive_errors_[i / kLanes<Acc>] += kind.positive ? error : V{};
+        negative_errors_[i / kLanes<Acc>] += kind.positive ? V{} : error;
+        positive_cells |= bits_of(kind.positive) << i;
       }
       sums.num_positive += __builtin_popcount(positive_cells);
       if (++num_blocks_ % kBlocksBetweenFlushes == 0) flush(sums);
@@ -340,9 +326,7 @@ class Loops {
     }
 
    private:
-    const CellRule<Acc> rule_;
-    const V negative_weight_, positive_weight_, negative_, positive_;
-    const bool kinds_from_pred_;
+    const PassConstants<V> constants_;
     BlockErrors<Acc> positive_errors_ = {}, negative_errors_ = {};
     int num_blocks_ = 0;
   };
@@ -350,18 +334,20 @@ class Loops {
   // Confidences of `count` cells: lists the blocks that have a positive cell.
   void confidences(int64_t image, int64_t begin, int64_t count, Rows& rows, CellSums& sums) const {
     const int64_t map = pass_.grid.maps - 1;
-    const Pred* preds = element<const Pred>(pass_.pred, image, map, begin);
-    const Target* targets = element<const Target>(pass_.target, image, map, begin);
+    const Pred* preds = place<const Pred>(pass_.pred, image, map, begin);
+    const Target* targets = place<const Target>(pass_.target, image, map, begin);
+    const Target* kinds = place<const Target>(pass_.kinds, image, 0, begin);
     Acc* errors = per_element_error_ ? rows.errors : per_cell_error_ ? rows.cell_errors : nullptr;
     Pred padded_pred[kBlock];
-    Target padded_target[kBlock];
+    Target padded_target[kBlock], padded_kinds[kBlock];
     Acc padded_scale[kBlock];
     ConfidenceBlocks blocks(*this);
     for (int64_t at = 0; at < count; at += kBlock) {
       const int size = block_size(count - at);
       const uint32_t positive_cells = blocks.compute(
           block_of(preds + at, size, padded_pred), block_of(targets + at, size, padded_target),
-          scales(image, map, begin + at, size, padded_scale), size, rows.slopes + at,
+          block_of(kinds + at, size, padded_kinds),
+          scales(image, map, begin + at, size, padded_scale), size, rows.grads + at,
           errors ? errors + at : nullptr, sums);
       rows.positive_blocks[rows.num_positive_blocks] = static_cast<int>(at);
       rows.num_positive_blocks += positive_cells != 0;
@@ -375,7 +361,8 @@ class Loops {
                                                 const Target* targets) const {
     const int ahead = block + kBlocksAhead, beyond = ahead - rows.num_positive_blocks;
     const bool in_next_map = beyond >= 0;
-    const int at = rows.positive_blocks[in_next_map ? std::min(beyond, block) : ahead];
+    const int in_next = beyond < block ? beyond : block;
+    const int at = rows.positive_blocks[in_next_map ? in_next : ahead];
     __builtin_prefetch(preds + at + (in_next_map ? pass_.pred.map_stride : 0));
     __builtin_prefetch(targets + at + (in_next_map ? pass_.target.map_stride : 0));
   }
@@ -384,16 +371,13 @@ class Loops {
   void pose(int64_t image, int64_t map, int64_t begin, int64_t count, Rows& rows,
             CellSums& sums) const {
     using V = Vector<Acc>;
-    const int64_t last_map = pass_.grid.maps - 1;
-    const PoseMap pose = pose_map(map);
-    const V weight = splat(pose.weight);
-    const CellRule<Acc> rule = rule_;
-    const Pred* preds = element<const Pred>(pass_.pred, image, map, begin);
-    const Target* targets = element<const Target>(pass_.target, image, map, begin);
-    const Pred* pred_confs = element<const Pred>(pass_.pred, image, last_map, begin);
-    const Target* target_confs = element<const Target>(pass_.target, image, last_map, begin);
-    Pred padded_pred[kBlock], padded_pred_conf[kBlock];
-    Target padded_target[kBlock], padded_target_conf[kBlock];
+    const ElementWeight<V> weight = splat(pose_weight(map));
+    const PassConstants<V> constants = splat(constants_);
+    const Pred* preds = place<const Pred>(pass_.pred, image, map, begin);
+    const Target* targets = place<const Target>(pass_.target, image, map, begin);
+    const Target* all_kinds = place<const Target>(pass_.kinds, image, 0, begin);
+    Pred padded_pred[kBlock];
+    Target padded_target[kBlock], padded_kinds[kBlock];
     Acc padded_scale[kBlock];
     BlockErrors<Acc> errors = {};
     const int num_blocks = rows.num_positive_blocks;
@@ -403,17 +387,15 @@ class Loops {
       const int size = block_size(count - at);
       const Pred* pred = block_of(preds + at, size, padded_pred);
       const Target* target = block_of(targets + at, size, padded_target);
-      const Pred* pred_conf = block_of(pred_confs + at, size, padded_pred_conf);
-      const Target* target_conf = block_of(target_confs + at, size, padded_target_conf);
+      const Target* kinds = block_of(all_kinds + at, size, padded_kinds);
       const Acc* scale = scales(image, map, begin + at, size, padded_scale);
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        const auto is_pos = is_positive(
-            rule, pass_.kinds_from_pred ? load<Acc>(pred_conf + i) : load<Acc>(target_conf + i));
-        const V d = load<Acc>(pred + i) - load<Acc>(target + i);
-        const V error = is_pos ? weighted_error(weight, d) : V{};
-        V coefficient = splat(pose.coefficient);
-        if (scale) coefficient *= load<Acc>(scale + i);
-        store<Acc>(rows.slopes + at + i, is_pos ? gradient(coefficient, d) : V{});
+        const auto kind = kind_of(constants, load<Acc>(kinds + i));
+        ElementWeight<V> scaled = weight;
+        if (scale) scaled.coefficient *= load<Acc>(scale + i);
+        const auto [error, grad] =
+            element(kind.positive, scaled, load<Acc>(pred + i) - load<Acc>(target + i));
+        store<Acc>(rows.grads + at + i, grad);
         errors[i / kLanes<Acc>] += error;
         if (per_element_error_) store<Acc>(rows.errors + at + i, error);
         if (per_cell_error_) {
@@ -430,18 +412,18 @@ class Loops {
   void store_rows(int64_t image, int64_t map, int64_t begin, int64_t count,
                   const Rows& rows) const {
     if (per_element_error_) {
-      store_row(element<Acc>(pass_.errors, image, map, begin), rows.errors, count * sizeof(Acc),
+      store_row(place<Acc>(pass_.errors, image, map, begin), rows.errors, count * sizeof(Acc),
                 stream_);
     }
     if (!pass_.grad) return;
-    Pred* grads = element<Pred>(pass_.grad, image, map, begin);
+    Pred* grads = place<Pred>(pass_.grad, image, map, begin);
     if (!pass_.grad_is_for_one || map == pass_.grid.maps - 1) {
-      store_row(grads, rows.slopes, count * sizeof(Pred), stream_);
+      store_row(grads, rows.grads, count * sizeof(Pred), stream_);
       return;
     }
     for (int block = 0; block < rows.num_positive_blocks; ++block) {
       const int64_t at = rows.positive_blocks[block];
-      memcpy(grads + at, rows.slopes + at, block_size(count - at) * sizeof(Pred));
+      memcpy(grads + at, rows.grads + at, block_size(count - at) * sizeof(Pred));
     }
   }
 
@@ -449,26 +431,28 @@ class Loops {
   const Acc* scales(int64_t image, int64_t map, int64_t cell, int size,
                     Acc (&padded)[kBlock]) const {
     if (!per_cell_) return nullptr;
-    return block_of(element<const Acc>(pass_.grad_output, image, map, cell), size, padded);
+    return block_of(place<const Acc>(pass_.grad_output, image, map, cell), size, padded);
   }
 
   // The first `size` cells from `cell` on, whatever their strides.
   void strided_block(int64_t image, int64_t cell, int size, ConfidenceBlocks& confidences,
                      CellSums& sums) const {
     const int64_t maps = pass_.grid.maps, last_map = maps - 1;
-    Pred preds[kBlock] = {}, slopes[kBlock];
-    Target targets[kBlock] = {};
+    Pred preds[kBlock] = {};
+    Target targets[kBlock] = {}, kinds[kBlock] = {};
     Acc scale[kBlock] = {}, errors[kBlock];
+    Pred grads[kBlock];
     for (int i = 0; i < size; ++i) {
       preds[i] = at<Pred>(pass_.pred, image, cell + i)[last_map * pass_.pred.map_stride];
       targets[i] = at<Target>(pass_.target, image, cell + i)[last_map * pass_.target.map_stride];
+      kinds[i] = *at<Target>(pass_.kinds, image, cell + i);
       if (per_cell_) {
         const Acc* all = at<Acc>(pass_.grad_output, image, cell + i);
         scale[i] = all[last_map * pass_.grad_output.map_stride];
       }
     }
-    const uint32_t positive_cells = confidences.compute(preds, targets, per_cell_ ? scale : nullptr,
-                                                        size, slopes, errors, sums);
+    const uint32_t positive_cells = confidences.compute(
+        preds, targets, kinds, per_cell_ ? scale : nullptr, size, grads, errors, sums);
     bool write_zeros = !pass_.grad_is_for_one;
     if (write_zeros && grad_is_interleaved_) {
       memset(at<Pred>(pass_.grad, image, cell), 0, size * maps * sizeof(Pred));
@@ -489,7 +473,7 @@ class Loops {
           for (int64_t map = 0; map < last_map; ++map) error[map * pass_.errors.map_stride] = 0;
         }
       }
-      if (grad) grad[last_map * pass_.grad.map_stride] = slopes[i];
+      if (grad) grad[last_map * pass_.grad.map_stride] = grads[i];
       if (per_element_error_) error[last_map * pass_.errors.map_stride] = errors[i];
       if (per_cell_error_) *error = static_cast<Acc>((pose_error + errors[i]) / maps);
     }
@@ -502,23 +486,20 @@ class Loops {
     const Acc* scale = per_cell_ ? at<Acc>(pass_.grad_output, image, cell) : nullptr;
     double sum = 0;
     for (int64_t map = 0; map < pass_.grid.maps - 1; ++map) {
-      const PoseMap pose = pose_map(map);
-      const Acc d =
-          difference<Acc>(pred[map * pass_.pred.map_stride], target[map * pass_.target.map_stride]);
-      Acc coefficient = pose.coefficient;
-      if (scale) coefficient *= scale[map * pass_.grad_output.map_stride];
-      const Acc error = weighted_error(pose.weight, d);
+      ElementWeight<Acc> weight = pose_weight(map);
+      if (scale) weight.coefficient *= scale[map * pass_.grad_output.map_stride];
+      const Acc difference = Convert<Acc>::from(pred[map * pass_.pred.map_stride]) -
+                             Convert<Acc>::from(target[map * pass_.target.map_stride]);
+      const auto [error, gradient] = element(true, weight, difference);
       sum += error;
-      if (grad) grad[map * pass_.grad.map_stride] = Convert<Pred>::from(gradient(coefficient, d));
+      if (grad) grad[map * pass_.grad.map_stride] = Convert<Pred>::from(gradient);
       if (per_element_error_) errors[map * pass_.errors.map_stride] = error;
     }
     return sum;
   }
 
   const LossPass pass_;
-  const CellRule<Acc> rule_;
-  const double dloss_derror_;
-  const Coefficients<Acc> conf_;
+  const PassConstants<Acc> constants_;
   const bool per_cell_;           // grad_output differs from cell to cell
   const bool per_cell_error_;     // "cell"
   const bool per_element_error_;  // "none"

@@ -13,9 +13,8 @@ constexpr int64_t kChunkCells = 2048;
 // What is the same for all chunks of a pass.
 struct ChunkPlan {
   const LossPass& pass;
-  double dloss_derror;  // but for a grad_output that differs from cell to cell
-  bool planar;          // the cells of a map lie side by side in every tensor
-  bool stream;          // write past the caches
+  bool planar;  // the cells of a map lie side by side in every tensor
+  bool stream;  // write past the caches
 };
 
 // Computes chunks [first, last) and their sums. The same loops, compiled for two instruction sets.

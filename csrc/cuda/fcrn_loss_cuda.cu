@@ -1,0 +1,77 @@
+// The operator on CUDA devices: device, stream and launch. Importing the pybind11 module
+// `fcrn_fused._cuda` registers it; it is apart from `_C` because it needs libraries that a CPU build
+// of PyTorch, or one for another CUDA version, does not have.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <mutex>
+#include <vector>
+
+#include "../loss_op.h"
+#include "fcrn_loss_kernels.cuh"
+
+namespace fcrn::cuda {
+namespace {
+
+int num_multiprocessors(int device) {
+  int number = 0;  // an attribute that the runtime keeps: no call of the driver
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device));
+  return number;
+}
+
+// The blocks' sums and the ticket, in memory that belongs to this launch alone: any number of
+// launches may run at the same time or be captured.
+Workspace workspace_in(const OptionalTensor& memory, unsigned blocks, cudaStream_t stream) {
+  const int64_t bytes = (blocks + 1) * int64_t{sizeof(Sums)};
+  STD_TORCH_CHECK(memory && memory->numel() * static_cast<int64_t>(memory->element_size()) >= bytes,
+                  "workspace must have at least ", bytes, " bytes");
+  auto* sums = static_cast<Sums*>(memory->mutable_data_ptr());
+  auto* ticket = reinterpret_cast<unsigned*>(sums + blocks);
+  STD_CUDA_CHECK(cudaMemsetAsync(ticket, 0, sizeof(*ticket), stream));
+  return {sums, ticket};
+}
+
+struct Cuda {
+  static void run(const LossPass& pass, const Tensor& pred, const OptionalTensor& memory) {
+    const int device = pred.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    const auto stream = static_cast<cudaStream_t>(current);
+    run_pass(pass, num_multiprocessors(device), [&](auto kernel, unsigned blocks) {
+      Workspace workspace;
+      if (pass.wants_sums()) workspace = workspace_in(memory, blocks, stream);
+      kernel<<<blocks, kThreads, 0, stream>>>(pass, workspace);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  }
+};
+
+// Why the device cannot run the kernels, in the words of the CUDA runtime; "" if it can.
+std::string problem(int device) {
+  int former = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&former);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, strided_kernel<float, uint32_t, true>);
+    cudaSetDevice(former);
+  }
+  cudaGetLastError();  // it is reported, not left behind for the next call
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace fcrn::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CUDA, library) {
+  library.impl("loss_pass", TORCH_BOX(&fcrn::loss_pass<fcrn::cuda::Cuda>));
+}
+
+PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
+  m.doc() = "The CUDA kernels of fcrn_fused.";
+  m.attr("blocks_per_multiprocessor") = fcrn::cuda::kBlocksPerMultiprocessor;
+  m.def("problem", &fcrn::cuda::problem, pybind11::arg("device"));
+}
