@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from cuda_on_host.passes import (
     CONTIGUOUS,
-    PER_CELL,
-    REDUCTIONS,
     SCHEDULES,
     Layout,
     Pass,
@@ -25,6 +23,7 @@ from tolerances import assert_gradient, loss_dtype
 from torch import Tensor
 
 from fcrn_fused import reference
+from fcrn_fused.reductions import COUNT_POSITIVE, DIVISORS, OUTPUTS, REDUCTIONS
 
 # The pairs that have vector kernels; the others go element by element.
 VECTOR_PAIRS = {
@@ -76,6 +75,10 @@ class Case:
     @property
     def sum_dtype(self) -> torch.dtype:
         return loss_dtype(self.pred_dtype, self.target_dtype)
+
+    @property
+    def has_one_loss(self) -> bool:
+        return self.reduction not in OUTPUTS
 
 
 class Batch:
@@ -129,11 +132,11 @@ class Batch:
     # ---- the passes -----------------------------------------------------------------------------
 
     def forward(self, *, want_grad: bool = True, want_stats: bool = True) -> Pass:
-        """What `fcrn_fused::forward` would run (csrc/loss_op.h)."""
+        """The pass of `run_forward` (fcrn_fused/ops.py)."""
         case = self.case
         result = self._pass()
-        self._read_pair(result, self.pred, self.target, case.pred_layout, case.target_layout)
-        if case.reduction in PER_CELL:
+        self._read_pair(result)
+        if not case.has_one_loss:
             per_cell = case.reduction == "cell"
             layout = CONTIGUOUS if per_cell else self._dense_layout()
             result.write("errors", case.sum_dtype, layout, per_cell=per_cell)
@@ -142,8 +145,8 @@ class Batch:
         if want_stats:
             for name in ("coord", "positive_conf", "negative_conf"):
                 result.write(name, case.sum_dtype)
+        if want_stats or result.divisor == COUNT_POSITIVE:
             result.write("num_positive", torch.int64)
-        result.wants_sums = want_stats or case.reduction not in PER_CELL
         if want_grad:
             result.write("grad", case.pred_dtype, self._dense_layout())
         self._forbid_masked(result)
@@ -156,21 +159,16 @@ class Batch:
         grad_output: Tensor | None = None,
         rescaled: Tensor | None = None,
     ) -> Pass:
-        """What `fcrn_fused::backward` would run, or, given a gradient to rescale, `rescale_`."""
-        case = self.case
-        grad_output = self.grad_output if grad_output is None else grad_output
+        """That of `run_backward`, which widens a pair of dtypes for the gradient of target."""
         result = self._pass()
-        tensors = [(self.pred, case.pred_layout), (self.target, case.target_layout)]
-        if wrt_target:
-            tensors.reverse()
-            result.kinds_from_pred = True
-        (pred, pred_layout), (target, target_layout) = tensors
-        self._read_pair(result, pred, target, pred_layout, target_layout)
-        result.read("grad_output", grad_output)
-        if case.reduction == "positive":
+        result.wrt_target = wrt_target
+        self._read_pair(result, widened=wrt_target and self.pred.dtype != self.target.dtype)
+        result.read("grad_output", self.grad_output if grad_output is None else grad_output)
+        if result.divisor == COUNT_POSITIVE:
             result.read("known_positive", self.positive.sum())
         if rescaled is None:
-            result.write("grad", pred.dtype, self._dense_layout(wrt_target))
+            dtype = result.buffers["pred"].dtype
+            result.write("grad", dtype, self._dense_layout(wrt_target))
         else:
             result.grad_is_for_one = True
             result.read("grad", rescaled, written=True)
@@ -179,22 +177,26 @@ class Batch:
 
     def _pass(self) -> Pass:
         case = self.case
-        result = Pass(
+        return Pass(
             case.shape,
-            reduction=case.reduction,
+            output=OUTPUTS.get(case.reduction, 0),
+            divisor=DIVISORS[case.reduction](self.pred),
             negative_weight=self.negative_weight,
             positive_weight=1.5,
             coord_weight=self.coord_weight,
             ignore_value=IGNORE_VALUE if case.ignored else None,
             multiprocessors=case.multiprocessors,
         )
-        return result
 
-    def _read_pair(
-        self, result: Pass, pred: Tensor, target: Tensor, pred_layout: Layout, target_layout: Layout
-    ) -> None:
-        result.read("pred", pred, pred_layout.misaligned_by)
-        result.read("target", target, target_layout.misaligned_by)
+    def _read_pair(self, result: Pass, *, widened: bool = False) -> None:
+        for name, tensor, layout in (
+            ("pred", self.pred, self.case.pred_layout),
+            ("target", self.target, self.case.target_layout),
+        ):
+            if widened:
+                layout = self._dense_layout(name == "target")
+                tensor = placed(tensor.to(self.case.sum_dtype), layout)
+            result.read(name, tensor, layout.misaligned_by)
         for name, weight in (
             ("negative_weight", self.negative_weight),
             ("coord_weights", self.coord_weight),
@@ -220,8 +222,8 @@ class Batch:
         batch, maps, *spatial = self.case.shape
         cells = math.prod(spatial)
         views = [name for name in ("pred", "target", "grad", "errors") if name in result.views]
-        per_cell = self.case.reduction in PER_CELL
-        if per_cell and "grad_output" in result.views:
+        grad_output_per_cell = "grad_output" in result.views
+        if grad_output_per_cell:
             views.append("grad_output")
         planar = interleaved = True
         for name in views:
@@ -242,7 +244,7 @@ class Batch:
         cells_at_once = self._merged_cells(result, views)
         if planar and cells_at_once % width == 0:
             return "planar"
-        interleaved &= not per_cell_backward(result) and self.case.reduction != "cell"
+        interleaved &= not grad_output_per_cell and self.case.reduction != "cell"
         if interleaved and batch * cells * maps % width == 0:
             return "interleaved"
         return "strided"
@@ -304,14 +306,10 @@ class Batch:
         scale = torch.as_tensor(grad_output, dtype=torch.float64).expand(loss.shape)
         (grad,) = torch.autograd.grad(loss, pred, scale)
         return {
-            "errors" if case.reduction in PER_CELL else "loss": loss.detach(),
+            "loss" if case.has_one_loss else "errors": loss.detach(),
             **stats._asdict(),
             "grad": grad,
         }
-
-
-def per_cell_backward(result: Pass) -> bool:
-    return result.reduction in PER_CELL and "grad_output" in result.views
 
 
 def _positives(case: Case, generator: torch.Generator) -> Tensor:
@@ -392,7 +390,7 @@ def check(
                 assert same_bits(value, other[name]), f"{name} depends on the order of threads"
         return done.results[0]
 
-    # The forward pass does not know how many cells are positive: rescale_ divides.
+    # The forward pass does not know how many cells are positive: the rescaling divides.
     undivided = max(1, int(batch.positive.sum())) if case.reduction == "positive" else 1
     for_one = batch.expected(float(undivided))
     forward = batch.forward()
@@ -410,7 +408,7 @@ def check(
     wrt_target = batch.backward(wrt_target=True)
     assert_results(case, outcome(wrt_target), {"grad": -wanted}, wrt_target)
 
-    if case.reduction in PER_CELL:
+    if not case.has_one_loss:
         return kernels
     rescaled = forward_results["grad"].as_strided(case.shape, forward.views["grad"][0])
     rescale = batch.backward(rescaled=rescaled)

@@ -18,6 +18,8 @@ from cuda_on_host.cases import Case, both_channels_last, check, check_large
 from cuda_on_host.passes import Layout, Schedule
 
 KERNELS = Path("cuda", "fcrn_loss_kernels.cuh")
+PASS = Path("loss_pass.h")
+ELEMENT = Path("cell_loss.h")
 
 
 # The vector kernels of the other dtypes are left out: none of the checks below needs them, and the
@@ -36,7 +38,7 @@ class Fault:
     how: str  # the build that finds it
     check: Callable[..., None]
     message: str  # a regular expression
-    file: Path = KERNELS
+    file: Path = KERNELS  # in csrc/
 
     def __str__(self) -> str:
         return self.name
@@ -52,7 +54,8 @@ class Fault:
                 f"{self.name}: {found} places in csrc/{self.file} match, one should; "
                 f"adapt tests/cuda_on_host/faults.py to the kernels:\n{self.old}"
             )
-        (copy / self.file).write_text(_float32_only(source.replace(self.old, self.new)))
+        (copy / self.file).write_text(source.replace(self.old, self.new))
+        (copy / KERNELS).write_text(_float32_only((copy / KERNELS).read_text()))
         return copy
 
 
@@ -70,6 +73,8 @@ _STRIDED = Case((2, 3, 13, 13), reduction="positive", positives="scattered")
 _INTERLEAVED = Case((2, 7, 8, 16), reduction="sum", **both_channels_last())
 _MISALIGNED = Case((2, 7, 8, 16), pred_layout=Layout(misaligned_by=1))
 _PADDED = Case((3, 2, 4, 8), target_layout=Layout("padded"))
+_NO_SUMS = Case((2, 3, 34, 32), reduction="none", multiprocessors=1)
+_NO_POSITIVES = Case((2, 3, 8, 8), reduction="positive", positives="none")
 
 _NOT_EQUAL = "not close|ulp apart|not equal"
 
@@ -160,19 +165,35 @@ FAULTS = (
     # ---- the ticket ------------------------------------------------------------------------------
     Fault(
         "a block draws no ticket",
-        "is_last = atomicInc(",
-        "is_last = blockIdx.x != 1 && atomicInc(",
+        "is_last = atomicAdd(",
+        "is_last = blockIdx.x != 1 && atomicAdd(",
         "quick",
         _checks(_SEVERAL_BLOCKS),
-        f"{_NOT_EQUAL}|the ticket was left at",
+        "3 blocks drew 2 tickets",
     ),
     Fault(
-        "the ticket does not wrap",
-        "atomicInc(workspace.ticket, gridDim.x - 1)",
-        "atomicInc(workspace.ticket, gridDim.x)",
+        "a block draws two tickets",
+        "atomicAdd(workspace.ticket, 1u)",
+        "atomicAdd(workspace.ticket, 2u)",
         "quick",
         _checks(_SEVERAL_BLOCKS),
-        "the ticket was left at",
+        "3 blocks drew 6 tickets",
+    ),
+    Fault(
+        "the ticket of the launch before is counted on",
+        "== gridDim.x - 1;",
+        "== 2 * gridDim.x - 1;",
+        "quick",
+        _checks(_SEVERAL_BLOCKS),
+        _NOT_EQUAL,
+    ),
+    Fault(
+        "a ticket is drawn where no sums are wanted",
+        "image, cell, sums);\n  }\n  if (kForward && pass.wants_sums()) finish",
+        "image, cell, sums);\n  }\n  if (kForward) finish",
+        "sanitized-quick",
+        _checks(_NO_SUMS),
+        "AddressSanitizer: SEGV on unknown address 0x0000",
     ),
     Fault(
         "the last but one takes itself for the last",
@@ -184,8 +205,8 @@ FAULTS = (
     ),
     Fault(
         "no fence before the ticket is drawn",
-        "    __threadfence();\n    // Wraps",
-        "    // Wraps",
+        "    __threadfence();\n    is_last",
+        "    is_last",
         "race-quick",
         _checks(_SEVERAL_BLOCKS),
         "race: .* block_sums",
@@ -209,8 +230,8 @@ FAULTS = (
     ),
     Fault(
         "one byte of a masked element is read",
-        "  const bool positive = is_positive(known.rule, confidence);\n  Acc cell_error = 0;\n",
-        "  const bool positive = is_positive(known.rule, confidence);\n  Acc cell_error = 0;\n"
+        "  Acc pose_error = 0;\n",
+        "  Acc pose_error = 0;\n"
         "  (void)static_cast<const volatile char*>(pass.pred.data)"
         "[size_of(pass.pred.dtype) * pred_cell];\n",
         "race-quick",
@@ -219,11 +240,109 @@ FAULTS = (
     ),
     Fault(
         "an ignored cell's confidence is multiplied by 0",
-        "error[i] = counted ? e : Acc(0);",
-        "error[i] = Acc(counted) * e;",
+        "counted ? weight.weight * (difference * difference) : Value{},",
+        "Value(counted) * (weight.weight * (difference * difference)),",
         "quick",
         _checks(_SEVERAL_BLOCKS),
         _NOT_EQUAL,
+        ELEMENT,
+    ),
+    Fault(
+        "an ignored cell's gradient is multiplied by 0",
+        "counted ? weight.coefficient * difference : Value{}",
+        "Value(counted) * (weight.coefficient * difference)",
+        "quick",
+        _checks(_SEVERAL_BLOCKS),
+        "gradient at .* is nan",
+        ELEMENT,
+    ),
+    # ---- the kinds -------------------------------------------------------------------------------
+    Fault(
+        "the kinds are pred's",
+        "load(at<const Target>(pass.kinds, image, 0, cell), kinds);",
+        "load(at<const Pred>(pass.pred, image, last_map, cell), kinds);",
+        "quick",
+        _checks(_SEVERAL_BLOCKS),
+        _NOT_EQUAL,
+    ),
+    Fault(
+        "the kinds are those of other maps",
+        "at<const Target>(pass.kinds, image, 0, cell)",
+        "at<const Target>(pass.kinds, image, 0, cell) + last_map",
+        "sanitized-quick",
+        _checks(_SEVERAL_BLOCKS),
+        "misaligned address",
+    ),
+    Fault(
+        "channels-last: the kinds lie side by side",
+        "kinds[cell * maps]",
+        "kinds[cell]",
+        "quick",
+        _checks(_INTERLEAVED),
+        _NOT_EQUAL,
+    ),
+    Fault(
+        "element by element: the kinds have maps",
+        "load_element(pass.kinds, offset(pass.kinds), 0)",
+        "load_element(pass.target, offset(pass.kinds), last_map - 1)",
+        "sanitized-quick",
+        _checks(_STRIDED),
+        "AddressSanitizer",
+    ),
+    # ---- the divisor, and the sign ---------------------------------------------------------------
+    Fault(
+        "the loss is not divided by the count",
+        "value / (divisor < 0 ? static_cast<double>(positives > 1 ? positives : 1) : divisor)",
+        "value / (divisor < 0 ? 1.0 : divisor)",
+        "quick",
+        _checks(_STRIDED),
+        "loss: .*not close",
+        PASS,
+    ),
+    Fault(
+        "the count divides though it is 0",
+        "positives > 1 ? positives : 1)",
+        "positives)",
+        "quick",
+        _checks(_NO_POSITIVES),
+        "loss: .*not close",
+        PASS,
+    ),
+    Fault(
+        "the gradient is not divided by the count",
+        "known_positive ? *known_positive : 1)",
+        "1)",
+        "quick",
+        _checks(_STRIDED),
+        "ulp apart",
+        PASS,
+    ),
+    Fault(
+        "the gradient of target has the sign of that of pred",
+        "wrt_target ? -value : value",
+        "value",
+        "quick",
+        _checks(_SEVERAL_BLOCKS),
+        "ulp apart",
+        PASS,
+    ),
+    Fault(
+        "a gradient for 1 is always right",
+        "return grad_is_for_one && dloss_derror() == divided(1.0, 1);",
+        "return grad_is_for_one;",
+        "quick",
+        _checks(_SEVERAL_BLOCKS),
+        "a rescaled gradient differs",
+        PASS,
+    ),
+    Fault(
+        "a gradient for 1 is computed again",
+        "return grad_is_for_one && dloss_derror() == divided(1.0, 1);",
+        "return false;",
+        "sanitized-quick",
+        _checks(_SEVERAL_BLOCKS),
+        "AddressSanitizer: use-after-poison",
+        PASS,
     ),
     # ---- indices and alignment -------------------------------------------------------------------
     Fault(

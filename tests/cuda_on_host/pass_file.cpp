@@ -171,15 +171,11 @@ void parse_line(Description& description, const std::string& line) {
     return;
   }
   if (keyword == "rule") {
-    int reduction = 0;
-    words >> reduction >> pass.kinds_from_pred;
-    pass.reduction = static_cast<fcrn::Reduction>(reduction);
+    int output = 0;
+    words >> output >> pass.divisor >> pass.wrt_target >> pass.grad_is_for_one;
+    pass.output = static_cast<fcrn::Output>(output);
     pass.positive_weight = parse_double(words);
     pass.ignore_value = parse_double(words);
-  } else if (keyword == "sums") {
-    words >> pass.wants_sums;
-  } else if (keyword == "grad_is_for_one") {
-    words >> pass.grad_is_for_one;
   } else if (keyword == "machine") {
     words >> description.multiprocessors;
   } else if (keyword == "wide_index") {
@@ -212,12 +208,22 @@ void parse_line(Description& description, const std::string& line) {
   if (words.fail()) refuse("line " + line);
 }
 
+// The confidences of target, as GridBuilder::add_last_map has them.
+fcrn::TensorView last_map(const fcrn::TensorView& of, const fcrn::Grid& grid) {
+  fcrn::TensorView view = of;
+  const std::int64_t before = (grid.maps - 1) * of.map_stride * size_of(of.dtype);
+  if (of) view.data = static_cast<std::byte*>(of.data) + before;
+  view.map_stride = 0;
+  return view;
+}
+
 }  // namespace
 
 Description read_description(const char* path) {
   std::ifstream file(path, std::ios::binary);
   Description description;
   for (std::string line; std::getline(file, line) && line != "data";) parse_line(description, line);
+  description.pass.kinds = last_map(description.pass.target, description.pass.grid);
   for (const auto& [buffer, index] : description.pieces) {
     std::vector<char>& bytes = buffer->pieces[index].bytes;
     file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));

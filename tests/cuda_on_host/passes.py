@@ -15,9 +15,7 @@ import torch
 from cuda_on_host import build
 from torch import Tensor
 
-REDUCTIONS = ("mean", "sum", "batchmean", "positive", "cell", "none")  # csrc/loss_pass.h
 _VIEWS = ("pred", "target", "errors", "grad", "grad_output")
-PER_CELL = ("cell", "none")
 _NAMES = {
     torch.float64: "float64",
     torch.float32: "float32",
@@ -115,13 +113,13 @@ class Pass:
     """The description of a pass, in the terms of LossPass (csrc/loss_pass.h)."""
 
     shape: tuple[int, ...]  # (B, C, *S)
-    reduction: str = "mean"
+    output: int = 0
+    divisor: int = 1
     negative_weight: float | Tensor = 1.0
     positive_weight: float = 1.0
     coord_weight: float | Sequence[float] | Tensor = 1.0
-    ignore_value: float | None = None  # rounded to the dtype that gives the kinds
-    kinds_from_pred: bool = False
-    wants_sums: bool = False
+    ignore_value: float | None = None  # rounded to the dtype of target
+    wrt_target: bool = False
     grad_is_for_one: bool = False
     multiprocessors: int = 2
     wide_index: bool = False  # 64 bits, though 32 would do
@@ -212,13 +210,13 @@ class Pass:
             ["grid", batch, maps, images, math.prod(spatial), *spatial],
             [
                 "rule",
-                REDUCTIONS.index(self.reduction),
-                int(self.kinds_from_pred),
+                self.output,
+                self.divisor,
+                int(self.wrt_target),
+                int(self.grad_is_for_one),
                 float(self.positive_weight).hex(),
                 float(ignore_value).hex(),
             ],
-            ["sums", int(self.wants_sums)],
-            ["grad_is_for_one", int(self.grad_is_for_one)],
             ["machine", self.multiprocessors],
             ["wide_index", int(self.wide_index)],
             ["coord_weights", *(float(weight).hex() for weight in weights)],

@@ -4,9 +4,7 @@
 // The description is lines of text, then the bytes of all pieces in the order of their lines:
 //
 //   grid BATCH MAPS IMAGES CELLS SIZE...          the sizes of the grid's spatial dimensions
-//   rule REDUCTION KINDS_FROM_PRED POSITIVE_WEIGHT IGNORE_VALUE   (nan: none is)
-//   sums WANTED
-//   grad_is_for_one YES
+//   rule OUTPUT DIVISOR WRT_TARGET GRAD_IS_FOR_ONE POSITIVE_WEIGHT IGNORE_VALUE   (nan: none is)
 //   negative_weight NUMBER
 //   coord_weights NUMBER...
 //   machine MULTIPROCESSORS
@@ -45,25 +43,30 @@ std::string name_of(const void* kernel) {
   return name;
 }
 
-void run(const Description& description, const cuda_on_host::Schedule& schedule, unsigned* ticket) {
+void run(const Description& description, const cuda_on_host::Schedule& schedule) {
   const fcrn::LossPass& pass = description.pass;
-  const bool forward = pass.wants_sums || pass.errors;
   const auto launch = [&](auto kernel, unsigned blocks) {
     std::cout << name_of(reinterpret_cast<const void*>(kernel)) << " in " << blocks << " blocks\n";
-    // Exactly as much as the launch is given on a GPU, and filled with what it may hold there.
+    // Exactly as much as the launch is given on a GPU, and filled with what it may hold there: a
+    // ticket that was cleared. A pass without sums is given nothing.
+    unsigned ticket = 0;
     const std::size_t bytes = blocks * sizeof(fcrn::Sums);
     auto* block_sums = static_cast<fcrn::Sums*>(std::malloc(bytes));
     std::memset(static_cast<void*>(block_sums), kPoison, bytes);
     fcrn::cuda::Workspace workspace;
-    if (forward) workspace = {block_sums, ticket};
+    if (pass.wants_sums()) workspace = {block_sums, &ticket};
     cuda_on_host::race_check::watch_global(block_sums, bytes, "block_sums");
+    cuda_on_host::race_check::watch_global(&ticket, sizeof(ticket), "ticket");
     cuda_on_host::launch({blocks, 1, 1}, {fcrn::cuda::kThreads, 1, 1}, schedule,
                          [&] { kernel(pass, workspace); });
+    cuda_on_host::race_check::forget_global(&ticket);
     cuda_on_host::race_check::forget_global(block_sums);
     std::free(block_sums);
+    if (ticket != (pass.wants_sums() ? blocks : 0)) {
+      refuse(std::to_string(blocks) + " blocks drew " + std::to_string(ticket) + " tickets");
+    }
   };
   fcrn::cuda::run_pass(pass, description.multiprocessors, launch, description.wide_index);
-  if (*ticket != 0) refuse("the ticket was left at " + std::to_string(*ticket));
 }
 
 }  // namespace
@@ -74,14 +77,12 @@ int main(int argc, char** argv) {
   for (Buffer& buffer : description.buffers) buffer.fill();
   for (const Description::Forbidden& part : description.never_read)
     part.buffer->forbid(part.begin, part.end);
-  unsigned ticket = 0;  // zeroed once; each launch leaves it ready for the next
-  cuda_on_host::race_check::watch_global(&ticket, sizeof(ticket), "ticket");
   std::ofstream results(argv[2], std::ios::binary);
   for (const cuda_on_host::Schedule& schedule : description.schedules) {
     for (Buffer& buffer : description.buffers) {
       if (buffer.written) buffer.fill();
     }
-    run(description, schedule, &ticket);
+    run(description, schedule);
     for (const Buffer& buffer : description.buffers) {
       if (buffer.written) buffer.write_to(results);
     }
