@@ -43,6 +43,7 @@ void run(int images, int cells, float positives, bool planar) {
     }
   }
 
+  int64_t num_positive = 0;
   LossPass pass;
   pass.grid.batch = pass.grid.images = images;
   pass.grid.maps = kMaps;
@@ -57,12 +58,15 @@ void run(int images, int cells, float positives, bool planar) {
   pass.pred.data = pred.data();
   pass.target.data = target.data();
   pass.grad.data = grad.data();
-  pass.wants_sums = true;
+  pass.kinds = pass.target;
+  pass.kinds.data = target.data() + (kMaps - 1) * map_stride;
+  pass.divisor = static_cast<double>(elements);
+  pass.num_positive = &num_positive;
   pass.negative_weight.number = 0.01;
   pass.coord_weights.numbers[0] = 1.7;
   pass.ignore_value = -1.0;
 
-  const cpu::ChunkPlan plan{pass, pass.dloss_derror(1.0), planar, false};
+  const cpu::ChunkPlan plan{pass, planar, false};
   const int64_t chunks = (int64_t{images} * cells + cpu::kChunkCells - 1) / cpu::kChunkCells;
   std::vector<Sums> chunk_sums(chunks);
   cpu::baseline::run_chunks(plan, 0, chunks, chunk_sums.data());
