@@ -233,6 +233,6 @@ def test_planted_fault_is_found(fault: Fault, compiled: dict[str, Future[Path]])
 
 
 def test_fault_that_no_longer_applies_is_an_error(tmp_path: Path) -> None:
-    gone = Fault("gone", "no such line in the kernels", "", "quick", check, "")
+    gone = Fault("gone", "no such line in the kernels", "")
     with pytest.raises(LookupError, match="0 places in csrc/cuda/"):
         gone.plant(tmp_path)

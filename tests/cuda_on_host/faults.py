@@ -28,6 +28,27 @@ def _float32_only(source: str) -> str:
     return re.sub(r"\brun\(float\{\}, (BFloat16|Half)\{\}, \w+\{\}\)", "false", source)
 
 
+def _checks(*cases: Case, schedules: tuple[Schedule, ...] = ()) -> Callable[..., None]:
+    def run(how: str, **options: object) -> None:
+        for case in cases:
+            check(case, how, *((schedules,) if schedules else ()), **options)
+
+    return run
+
+
+_FORWARD = Schedule("forward")
+_SEVERAL_BLOCKS = Case((2, 3, 34, 32), multiprocessors=1, positives="scattered")
+_STRIDED = Case((2, 3, 13, 13), reduction="positive", positives="scattered")
+_INTERLEAVED = Case((2, 7, 8, 16), reduction="sum", **both_channels_last())
+_MISALIGNED = Case((2, 7, 8, 16), pred_layout=Layout(misaligned_by=1))
+_PADDED = Case((3, 2, 4, 8), target_layout=Layout("padded"))
+_NO_SUMS = Case((2, 3, 34, 32), reduction="none", multiprocessors=1)
+_NO_POSITIVES = Case((2, 3, 8, 8), reduction="positive", positives="none")
+
+_ONE_CASE = _checks(_SEVERAL_BLOCKS)
+_NOT_EQUAL = "not close|ulp apart|not equal"
+
+
 @dataclass(frozen=True)
 class Fault:
     """An edit that must apply exactly once, and a check that must fail with a certain message."""
@@ -35,9 +56,9 @@ class Fault:
     name: str
     old: str
     new: str
-    how: str  # the build that finds it
-    check: Callable[..., None]
-    message: str  # a regular expression
+    message: str = _NOT_EQUAL  # a regular expression
+    check: Callable[..., None] = _ONE_CASE
+    how: str = "quick"  # the build that finds it
     file: Path = KERNELS  # in csrc/
 
     def __str__(self) -> str:
@@ -59,174 +80,118 @@ class Fault:
         return copy
 
 
-def _checks(*cases: Case, schedules: tuple[Schedule, ...] = ()) -> Callable[..., None]:
-    def run(how: str, **options: object) -> None:
-        for case in cases:
-            check(case, how, *((schedules,) if schedules else ()), **options)
-
-    return run
-
-
-_FORWARD = Schedule("forward")
-_SEVERAL_BLOCKS = Case((2, 3, 34, 32), multiprocessors=1, positives="scattered")
-_STRIDED = Case((2, 3, 13, 13), reduction="positive", positives="scattered")
-_INTERLEAVED = Case((2, 7, 8, 16), reduction="sum", **both_channels_last())
-_MISALIGNED = Case((2, 7, 8, 16), pred_layout=Layout(misaligned_by=1))
-_PADDED = Case((3, 2, 4, 8), target_layout=Layout("padded"))
-_NO_SUMS = Case((2, 3, 34, 32), reduction="none", multiprocessors=1)
-_NO_POSITIVES = Case((2, 3, 8, 8), reduction="positive", positives="none")
-
-_NOT_EQUAL = "not close|ulp apart|not equal"
-
 FAULTS = (
     # ---- barriers --------------------------------------------------------------------------------
     Fault(
         "no barrier before the warps' sums are read, by a forward order",
         "threadIdx.x / kWarp] = sums;\n  __syncthreads();\n",
         "threadIdx.x / kWarp] = sums;\n",
-        "quick",
-        _checks(_SEVERAL_BLOCKS, schedules=(_FORWARD,)),
-        _NOT_EQUAL,
+        check=_checks(_SEVERAL_BLOCKS, schedules=(_FORWARD,)),
     ),
     Fault(
         "no barrier before the warps' sums are read, by a backward order",
         "threadIdx.x / kWarp] = sums;\n  __syncthreads();\n",
         "threadIdx.x / kWarp] = sums;\n",
-        "race-quick",
-        _checks(_SEVERAL_BLOCKS, schedules=(Schedule("backward"),)),
-        r"race: .* shared memory",
+        message=r"race: .* shared memory",
+        check=_checks(_SEVERAL_BLOCKS, schedules=(Schedule("backward"),)),
+        how="race-quick",
     ),
     Fault(
         "no barrier before the block knows that it is last",
         "  __syncthreads();\n  if (!is_last) return;\n",
         "  if (!is_last) return;\n",
-        "race-quick",
-        _checks(_SEVERAL_BLOCKS),
-        r"race: .* shared memory",
+        message=r"race: .* shared memory",
+        how="race-quick",
     ),
     Fault(
         "a barrier in a branch",
         "  if (!is_last) return;\n",
         "  if (!is_last) return;\n  if (threadIdx.x < 64) __syncthreads();\n",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "is at this block barrier while thread .* waits at the block barrier",
+        message="is at this block barrier while thread .* waits at the block barrier",
     ),
     # ---- tails -----------------------------------------------------------------------------------
-    Fault(
-        "the last vector is left out",
-        " vector < vectors;",
-        " vector + 1 < vectors;",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        _NOT_EQUAL,
-    ),
+    Fault("the last vector is left out", " vector < vectors;", " vector + 1 < vectors;"),
     Fault(
         "one vector too many",
         " vector < vectors;",
         " vector <= vectors;",
-        "sanitized-quick",
-        _checks(_SEVERAL_BLOCKS),
-        "AddressSanitizer: heap-buffer-overflow",
+        message="AddressSanitizer: heap-buffer-overflow",
+        how="sanitized-quick",
     ),
     Fault(
-        "the last cell is left out",
-        "; at < cells;",
-        "; at + 1 < cells;",
-        "quick",
-        _checks(_STRIDED),
-        _NOT_EQUAL,
+        "the last cell is left out", "; at < cells;", "; at + 1 < cells;", check=_checks(_STRIDED)
     ),
     Fault(
         "the last elements of channels-last are left out",
         " first < elements;",
         " first + V < elements;",
-        "quick",
-        _checks(_INTERLEAVED),
-        _NOT_EQUAL,
+        check=_checks(_INTERLEAVED),
     ),
     # ---- warps -----------------------------------------------------------------------------------
     Fault(
         "half of the lanes in the mask",
         "kAll = 0xffffffffu;",
         "kAll = 0x0000ffffu;",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "whose mask 0x0000ffff leaves it out|reads lane 16, which is not in it",
+        message="whose mask 0x0000ffff leaves it out|reads lane 16, which is not in it",
     ),
     Fault(
         "one step of the warp's sum is missing",
         "int offset = kWarp / 2;",
         "int offset = kWarp / 4;",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        _NOT_EQUAL,
     ),
     # ---- the ticket ------------------------------------------------------------------------------
     Fault(
         "a block draws no ticket",
         "is_last = atomicAdd(",
         "is_last = blockIdx.x != 1 && atomicAdd(",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "3 blocks drew 2 tickets",
+        message="3 blocks drew 2 tickets",
     ),
     Fault(
         "a block draws two tickets",
         "atomicAdd(workspace.ticket, 1u)",
         "atomicAdd(workspace.ticket, 2u)",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "3 blocks drew 6 tickets",
+        message="3 blocks drew 6 tickets",
     ),
     Fault(
         "the ticket of the launch before is counted on",
         "== gridDim.x - 1;",
         "== 2 * gridDim.x - 1;",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        _NOT_EQUAL,
     ),
     Fault(
         "a ticket is drawn where no sums are wanted",
         "image, cell, sums);\n  }\n  if (kForward && pass.wants_sums()) finish",
         "image, cell, sums);\n  }\n  if (kForward) finish",
-        "sanitized-quick",
-        _checks(_NO_SUMS),
-        "AddressSanitizer: SEGV on unknown address 0x0000",
+        message="AddressSanitizer: SEGV on unknown address 0x0000",
+        check=_checks(_NO_SUMS),
+        how="sanitized-quick",
     ),
     Fault(
         "the last but one takes itself for the last",
         "== gridDim.x - 1;",
         "== gridDim.x - 2;",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        f"{_NOT_EQUAL}|depends on the order of threads",
+        message=f"{_NOT_EQUAL}|depends on the order of threads",
     ),
     Fault(
         "no fence before the ticket is drawn",
         "    __threadfence();\n    is_last",
         "    is_last",
-        "race-quick",
-        _checks(_SEVERAL_BLOCKS),
-        "race: .* block_sums",
+        message="race: .* block_sums",
+        how="race-quick",
     ),
     Fault(
         "no fence after the last ticket is drawn",
         "the ticket was drawn.\n    __threadfence();\n",
         "the ticket was drawn.\n",
-        "race-quick",
-        _checks(_SEVERAL_BLOCKS),
-        "race: .* block_sums",
+        message="race: .* block_sums",
+        how="race-quick",
     ),
     # ---- masked elements -------------------------------------------------------------------------
     Fault(
         "pose maps are read where no cell is positive",
         "    if (any_positive) {\n",
         "    if (true) {\n",
-        "sanitized-quick",
-        _checks(_SEVERAL_BLOCKS),
-        "AddressSanitizer: use-after-poison",
+        message="AddressSanitizer: use-after-poison",
+        how="sanitized-quick",
     ),
     Fault(
         "one byte of a masked element is read",
@@ -234,156 +199,130 @@ FAULTS = (
         "  Acc pose_error = 0;\n"
         "  (void)static_cast<const volatile char*>(pass.pred.data)"
         "[size_of(pass.pred.dtype) * pred_cell];\n",
-        "race-quick",
-        _checks(_STRIDED),
-        "has no business to read",
+        message="has no business to read",
+        check=_checks(_STRIDED),
+        how="race-quick",
     ),
     Fault(
         "an ignored cell's confidence is multiplied by 0",
         "counted ? weight.weight * (difference * difference) : Value{},",
         "Value(counted) * (weight.weight * (difference * difference)),",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        _NOT_EQUAL,
-        ELEMENT,
+        file=ELEMENT,
     ),
     Fault(
         "an ignored cell's gradient is multiplied by 0",
         "counted ? weight.coefficient * difference : Value{}",
         "Value(counted) * (weight.coefficient * difference)",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "gradient at .* is nan",
-        ELEMENT,
+        message="gradient at .* is nan",
+        file=ELEMENT,
     ),
     # ---- the kinds -------------------------------------------------------------------------------
     Fault(
         "the kinds are pred's",
         "load(at<const Target>(pass.kinds, image, 0, cell), kinds);",
         "load(at<const Pred>(pass.pred, image, last_map, cell), kinds);",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        _NOT_EQUAL,
     ),
     Fault(
         "the kinds are those of other maps",
         "at<const Target>(pass.kinds, image, 0, cell)",
         "at<const Target>(pass.kinds, image, 0, cell) + last_map",
-        "sanitized-quick",
-        _checks(_SEVERAL_BLOCKS),
-        "misaligned address",
+        message="misaligned address",
+        how="sanitized-quick",
     ),
     Fault(
         "channels-last: the kinds lie side by side",
         "kinds[cell * maps]",
         "kinds[cell]",
-        "quick",
-        _checks(_INTERLEAVED),
-        _NOT_EQUAL,
+        check=_checks(_INTERLEAVED),
     ),
     Fault(
         "element by element: the kinds have maps",
         "load_element(pass.kinds, offset(pass.kinds), 0)",
         "load_element(pass.target, offset(pass.kinds), last_map - 1)",
-        "sanitized-quick",
-        _checks(_STRIDED),
-        "AddressSanitizer",
+        message="AddressSanitizer",
+        check=_checks(_STRIDED),
+        how="sanitized-quick",
     ),
     # ---- the divisor, and the sign ---------------------------------------------------------------
     Fault(
         "the loss is not divided by the count",
         "value / (divisor < 0 ? static_cast<double>(positives > 1 ? positives : 1) : divisor)",
         "value / (divisor < 0 ? 1.0 : divisor)",
-        "quick",
-        _checks(_STRIDED),
-        "loss: .*not close",
-        PASS,
+        message="loss: .*not close",
+        check=_checks(_STRIDED),
+        file=PASS,
     ),
     Fault(
         "the count divides though it is 0",
         "positives > 1 ? positives : 1)",
         "positives)",
-        "quick",
-        _checks(_NO_POSITIVES),
-        "loss: .*not close",
-        PASS,
+        message="loss: .*not close",
+        check=_checks(_NO_POSITIVES),
+        file=PASS,
     ),
     Fault(
         "the gradient is not divided by the count",
         "known_positive ? *known_positive : 1)",
         "1)",
-        "quick",
-        _checks(_STRIDED),
-        "ulp apart",
-        PASS,
+        message="ulp apart",
+        check=_checks(_STRIDED),
+        file=PASS,
     ),
     Fault(
         "the gradient of target has the sign of that of pred",
         "wrt_target ? -value : value",
         "value",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "ulp apart",
-        PASS,
+        message="ulp apart",
+        file=PASS,
     ),
     Fault(
         "a gradient for 1 is always right",
         "return grad_is_for_one && dloss_derror() == divided(1.0, 1);",
         "return grad_is_for_one;",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "a rescaled gradient differs",
-        PASS,
+        message="a rescaled gradient differs",
+        file=PASS,
     ),
     Fault(
         "a gradient for 1 is computed again",
         "return grad_is_for_one && dloss_derror() == divided(1.0, 1);",
         "return false;",
-        "sanitized-quick",
-        _checks(_SEVERAL_BLOCKS),
-        "AddressSanitizer: use-after-poison",
-        PASS,
+        message="AddressSanitizer: use-after-poison",
+        how="sanitized-quick",
+        file=PASS,
     ),
     # ---- indices and alignment -------------------------------------------------------------------
     Fault(
         "offsets of 32 bits for tensors of any size",
         "wide_index || !fits_32_bits(pass)",
         "wide_index",
-        "quick",
-        lambda how, **options: check_large(how, torch.float32, shape=(2, 3, 13), **options),
-        "unsigned int",
+        message="unsigned int",
+        check=lambda how, **options: check_large(how, torch.float32, shape=(2, 3, 13), **options),
     ),
     Fault(
         "a map's offset is cut to 32 bits",
         "load_as<Acc>(view.data, view.dtype, cell_at + map * static_cast<Index>(view.map_stride))",
         "load_as<Acc>(view.data, view.dtype, cell_at + uint32_t(map * view.map_stride))",
-        "quick",
-        lambda how, **options: check_large(how, torch.float32, **options),
-        _NOT_EQUAL,
+        check=lambda how, **options: check_large(how, torch.float32, **options),
     ),
     Fault(
         "the vector path for any pointer",
         "view.is_planar(pass.grid) && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&",
         "view.is_planar(pass.grid) &&",
-        "quick",
-        _checks(_MISALIGNED),
-        "__ldg of 16 bytes at the misaligned address",
+        message="__ldg of 16 bytes at the misaligned address",
+        check=_checks(_MISALIGNED),
     ),
     Fault(
         "the vector path for any distance of images",
         "view.image_stride * size % 16 == 0 &&",
         "",
-        "quick",
-        _checks(_PADDED),
-        "__ldg of 16 bytes at the misaligned address",
+        message="__ldg of 16 bytes at the misaligned address",
+        check=_checks(_PADDED),
     ),
     # ---- what is written -------------------------------------------------------------------------
     Fault(
         "the gradient is not written where it is 0",
         "    if (pass.grad && (any_positive || write_zeros)) {\n",
         "    if (pass.grad && any_positive) {\n",
-        "quick",
-        _checks(_SEVERAL_BLOCKS),
-        "gradient at .* is nan",
+        message="gradient at .* is nan",
     ),
 )
