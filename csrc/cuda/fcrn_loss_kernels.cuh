@@ -78,6 +78,7 @@ __device__ inline Sums sum_over_block(Sums sums) {
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = sums;
   __syncthreads();
   if (threadIdx.x == 0) {
+#pragma unroll 1  // all of them at once take more registers than the rest of a kernel
     for (int warp = 1; warp < kThreads / kWarp; ++warp) sums.add(warp_sums[warp]);
   }
   return sums;
@@ -126,17 +127,16 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
   constexpr int V = kVector<Pred, Target>;
   const uint32_t last_map = static_cast<uint32_t>(pass.grid.maps - 1);
   const bool per_cell = !kForward && pass.has_grad_output_per_cell();
-  Acc pred[V], target[V], kinds[V], error[V], grad[V], cell_error[V], scale[V];
+  Acc pred[V], target[V], error[V], grad[V], cell_error[V], scale[V];
   bool positive[V];
   load(at<const Pred>(pass.pred, image, last_map, cell), pred);
   load(at<const Target>(pass.target, image, last_map, cell), target);
-  load(at<const Target>(pass.kinds, image, 0, cell), kinds);
   if (per_cell) load(at<const Acc>(pass.grad_output, image, last_map, cell), scale);
   bool any_positive = false;
   Acc positive_error = 0, negative_error = 0;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const auto kind = kind_of(constants, kinds[i]);
+    const auto kind = kind_of(constants, target[i]);
     auto weight = confidence_weight(constants, kind);
     if (per_cell) weight.coefficient *= scale[i];
     const auto result = element(kind.counted, weight, pred[i] - target[i]);

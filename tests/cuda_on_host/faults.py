@@ -217,18 +217,7 @@ FAULTS = (
         file=ELEMENT,
     ),
     # ---- the kinds -------------------------------------------------------------------------------
-    Fault(
-        "the kinds are pred's",
-        "load(at<const Target>(pass.kinds, image, 0, cell), kinds);",
-        "load(at<const Pred>(pass.pred, image, last_map, cell), kinds);",
-    ),
-    Fault(
-        "the kinds are those of other maps",
-        "at<const Target>(pass.kinds, image, 0, cell)",
-        "at<const Target>(pass.kinds, image, 0, cell) + last_map",
-        message="misaligned address",
-        how="sanitized-quick",
-    ),
+    Fault("the kinds are pred's", "kind_of(constants, target[i])", "kind_of(constants, pred[i])"),
     Fault(
         "channels-last: the kinds lie side by side",
         "kinds[cell * maps]",
