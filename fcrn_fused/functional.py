@@ -13,7 +13,7 @@ from torch.autograd import forward_ad as fwAD
 from . import ops, reference
 from .autograd import FCRNLossFunction
 from .stats import FCRNLossStats
-from .validation import Rule, check, check_backend
+from .validation import Rule, check, check_backend, make_rule
 
 # FCRNLossFunction.apply but for its preparations for torch.func, whose transforms do not come here;
 # they take 7 % of a training step's loss on a small grid.
@@ -112,34 +112,35 @@ def fcrn_loss(
             not fit; a weight that requires grad.
         RuntimeError: `backend="fused"` and no compiled kernel serves the input.
     """
-    rule: Any = (negative_weight, positive_weight, coord_weight, ignore_value, reduction)
-    if backend == "auto" or backend == "fused":
-        try:
-            if _goes_straight(pred, target):
+    rule = make_rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+    return loss_by_rule(pred, target, rule, return_stats, check_backend(backend))
+
+
+def loss_by_rule(
+    pred: Tensor, target: Tensor, rule: Rule, return_stats: bool, backend: str
+) -> Tensor | tuple[Tensor, FCRNLossStats]:
+    """`fcrn_loss` with settings that were checked before."""
+    check(pred, target, rule)
+    if torch.compiler.is_compiling() and not isinstance(rule.negative_weight, Tensor):
+        # A Python float would be compiled in as a constant: each new value would recompile.
+        one = torch.ones((), dtype=torch.float64, device=pred.device)
+        rule = Rule(one * rule.negative_weight, *rule[1:])
+    if backend != "reference":
+        if _goes_straight(pred, target):
+            try:
                 return _fused(pred, target, rule, return_stats, _apply_in_eager_mode)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError, TypeError, ValueError):
-            pass  # the operator refused what does not fit; below it is said in words
-    rule = check(pred, target, *rule)
-    if check_backend(backend) != "reference" and _fused_serves(pred, target, backend):
-        return _fused(pred, target, rule, return_stats)
-    return reference.fcrn_loss(
-        pred,
-        target,
-        negative_weight=negative_weight,
-        positive_weight=positive_weight,
-        coord_weight=coord_weight,
-        ignore_value=ignore_value,
-        reduction=reduction,
-        return_stats=return_stats,
-    )
+            except RuntimeError:
+                if pred.dim() <= ops.MAX_DIMS:  # with more, the operator may refuse the strides
+                    raise
+        if _fused_serves(pred, target, backend):
+            return _fused(pred, target, rule, return_stats)
+    return reference.fcrn_loss(pred, target, **rule._asdict(), return_stats=return_stats)
 
 
 def _fused(
     pred: Tensor,
     target: Tensor,
-    rule: Rule | tuple[Any, ...],
+    rule: Rule,
     return_stats: bool,
     apply: Callable[..., Any] = FCRNLossFunction.apply,
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
@@ -207,4 +208,4 @@ def _warn_once(message: str) -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .stats import FCRNLossStats
-from .validation import Rule, check
+from .validation import Rule, check, make_rule
 
 _SUMMED_BY_ONE_THREAD = 32_768
 
@@ -66,9 +66,8 @@ def fcrn_loss(
     Every promise about values and gradients holds here too; what it costs is memory and time:
     some thirty passes over the maps instead of one.
     """
-    rule = check(
-        pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
-    )
+    rule = make_rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+    check(pred, target, rule)
     cells = weigh(pred, target, rule)
     errors = cells.weight * cells.difference**2
     if reduction == "none":
