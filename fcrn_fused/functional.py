@@ -13,7 +13,7 @@ from torch.autograd import forward_ad as fwAD
 from . import ops, reference
 from .autograd import FCRNLossFunction
 from .stats import FCRNLossStats
-from .validation import Rule, check, check_backend
+from .validation import Rule, check, check_backend, make_rule
 
 
 @overload
@@ -108,17 +108,19 @@ def fcrn_loss(
             not fit; a weight that requires grad.
         RuntimeError: `backend="fused"` and no compiled kernel serves the input.
     """
-    check_backend(backend)
-    rule = check(
-        pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
-    )
-    return loss_by_rule(pred, target, rule, return_stats, backend)
+    rule = make_rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+    return loss_by_rule(pred, target, rule, return_stats, check_backend(backend))
 
 
 def loss_by_rule(
     pred: Tensor, target: Tensor, rule: Rule, return_stats: bool, backend: str
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
-    """`fcrn_loss` for a rule that has been checked already."""
+    """`fcrn_loss` with settings that were checked before."""
+    check(pred, target, rule)
+    if torch.compiler.is_compiling() and not isinstance(rule.negative_weight, Tensor):
+        # A Python float would be compiled in as a constant: each new value would recompile.
+        one = torch.ones((), dtype=torch.float64, device=pred.device)
+        rule = rule._replace(negative_weight=one * rule.negative_weight)
     if backend == "reference" or not _use_fused(pred, target, backend):
         return reference.loss_by_rule(pred, target, rule, return_stats)
     needs_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)

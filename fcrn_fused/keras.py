@@ -155,8 +155,8 @@ class NegativeWeightCallback(keras.callbacks.Callback):  # type: ignore[misc]
             logs["negative_weight"] = self.schedule.get_last_weight()
 
 
-def _plain(weight: float | Sequence[float] | Tensor) -> float | list[float]:
+def _plain(weight: float | tuple[float, ...] | Tensor) -> float | list[float]:
     if isinstance(weight, Tensor):
         values: float | list[float] = weight.tolist()
         return values
-    return list(weight) if isinstance(weight, Sequence) else weight
+    return list(weight) if isinstance(weight, tuple) else weight

@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import fcrn_loss
+from .functional import loss_by_rule
 from .stats import FCRNLossStats
 from .validation import (
+    Rule,
     check_backend,
-    check_coord_values,
+    check_coord_weight,
     check_ignore_value,
+    check_negative_weight,
     check_reduction,
     check_weight,
 )
 
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "negative_weight": check_negative_weight,
+    "positive_weight": partial(check_weight, "positive_weight"),
+    "coord_weight": check_coord_weight,
+    "ignore_value": check_ignore_value,
+    "reduction": check_reduction,
+    "backend": check_backend,
+}
+
 
 class FCRNLoss(nn.Module):
-    """`fcrn_loss` as a module; the keywords are the same.
+    """`fcrn_loss` as a module with the same keywords.
 
-    `negative_weight` is a buffer, a 0-dim float32 tensor whatever dtype the module is moved to: it
-    is in `state_dict()`, follows `.to(device)`, and may be filled in place while training, between
-    replays of a CUDA graph too, without recompilation or synchronisation. `StepNegativeWeight` and
-    `LinearNegativeWeight` do that. A `coord_weight` given as a tensor follows `.to(device)` too.
+    `negative_weight` is a buffer, a 0-dim float32 tensor. Fill it in place to anneal it while
+    training: that costs no synchronisation and no recompilation, and works between replays of a
+    CUDA graph. `StepNegativeWeight` and `LinearNegativeWeight` do it for you. A `coord_weight`
+    given as a tensor is copied into a buffer too, as the `weight` of `nn.CrossEntropyLoss` is;
+    numbers, NumPy's included, are kept as Python floats.
+
+    Both buffers are in `state_dict()` and follow `.to(device)`, and both keep their dtype when the
+    module is cast or loads a checkpoint of another dtype.
 
     Shapes: `pred` and `target` (B, C, *S), C - 1 pose maps and one confidence map; see `fcrn_loss`
     for units, dtypes and what the reductions return.
 
     Raises:
-        TypeError: a weight is not a number.
-        ValueError: a weight, `ignore_value`, `reduction` or `backend` that does not fit.
+        TypeError: a weight or `ignore_value` is not a number.
+        ValueError: a weight, `ignore_value`, `reduction` or `backend` does not fit. Attributes that
+            are set later are checked in the same way.
     """
 
     negative_weight: Tensor
+    positive_weight: float
+    coord_weight: float | tuple[float, ...] | Tensor
+    ignore_value: float | None
+    reduction: str
+    backend: str
 
     def __init__(
         self,
@@ -49,43 +71,47 @@ class FCRNLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(negative_weight, Tensor):
-            weight = _constant("negative_weight", negative_weight).to(torch.float32).clone()
-            if weight.dim() != 0:
-                raise ValueError(
-                    "negative_weight must be a number or a 0-dim tensor, "
-                    f"got shape {tuple(weight.shape)}"
-                )
+        # What reset_parameters() fills in, by the name of the buffer.
+        self._initial: dict[str, float | list[float] | None] = {}
+        self._register_weight("negative_weight", check_negative_weight(negative_weight))
+        checked = check_coord_weight(coord_weight)
+        if isinstance(checked, Tensor):
+            self._register_weight("coord_weight", checked, checked.dtype)
         else:
-            weight = torch.tensor(
-                check_weight("negative_weight", negative_weight), dtype=torch.float32
-            )
-        self.register_buffer("negative_weight", weight)
-        self.positive_weight = check_weight("positive_weight", positive_weight)
-        if isinstance(coord_weight, Tensor):
-            constant = _constant("coord_weight", coord_weight).clone()
-            self.register_buffer("coord_weight", constant, persistent=False)
-        else:
-            check_coord_values(coord_weight)
-            self.coord_weight = coord_weight
-        self.ignore_value = check_ignore_value(ignore_value)
-        self.reduction = check_reduction(reduction)
+            self.coord_weight = checked
+        self.positive_weight = positive_weight
+        self.ignore_value = ignore_value
+        self.reduction = reduction
         self.return_stats = return_stats
-        self.backend = check_backend(backend)
+        self.backend = backend
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor | tuple[Tensor, FCRNLossStats]:
         """The loss of `pred` against `target`, both (B, C, *S); as `fcrn_loss` returns it."""
-        return fcrn_loss(
-            pred,
-            target,
-            negative_weight=self.negative_weight,
-            positive_weight=self.positive_weight,
-            coord_weight=self.coord_weight,
-            ignore_value=self.ignore_value,
-            reduction=self.reduction,
-            return_stats=self.return_stats,
-            backend=self.backend,
+        rule = Rule(
+            self.negative_weight,
+            self.positive_weight,
+            self.coord_weight,
+            self.ignore_value,
+            self.reduction,
         )
+        return loss_by_rule(pred, target, rule, self.return_stats, self.backend)
+
+    def reset_parameters(self) -> None:
+        """Fill both buffers with the values given at construction.
+
+        Call it after `to_empty()`, which leaves the buffers of a module made on the meta device
+        uninitialised.
+
+        Raises:
+            RuntimeError: a weight was given as a tensor on the meta device, which has no values.
+        """
+        for name, values in self._initial.items():
+            if values is None:
+                raise RuntimeError(
+                    f"{name} was given as a tensor on the meta device, which has no values; "
+                    "give numbers, or load a state_dict"
+                )
+            getattr(self, name).copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
     def extra_repr(self) -> str:
         """The settings, with the weight as it is now."""
@@ -102,25 +128,39 @@ class FCRNLoss(nn.Module):
             settings["backend"] = self.backend
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a setting when it is set, so that `forward` need not."""
+        super().__setattr__(name, _CHECKS[name](value) if name in _CHECKS else value)
+
+    def _register_weight(
+        self, name: str, weight: float | Tensor, dtype: torch.dtype = torch.float32
+    ) -> None:
+        if isinstance(weight, Tensor):
+            buffer = weight.detach().to(dtype, copy=True)
+            self._initial[name] = None if weight.is_meta else weight.tolist()
+        else:
+            buffer = torch.tensor(weight, dtype=dtype)
+            self._initial[name] = weight
+        self.register_buffer(name, buffer)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FCRNLoss:
-        """Move the weights, but leave their dtype: 0.01 has no faithful float16 or bfloat16."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        """Move the weights but keep their dtype: 0.01 is not representable in half precision."""
+        before = {name: self._buffers[name] for name in self._initial}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype:
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
-
-def _constant(name: str, weight: Tensor) -> Tensor:
-    if weight.requires_grad:
-        raise ValueError(
-            f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"
-        )
-    if not weight.dtype.is_floating_point:
-        raise ValueError(f"{name} must have a floating dtype, got {weight.dtype}")
-    return weight
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep the dtype of the weights also where `assign=True` takes the checkpoint's tensors."""
+        for name in self._initial:
+            if isinstance(loaded := state_dict.get(prefix + name), Tensor):
+                state_dict[prefix + name] = loaded.to(getattr(self, name).dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _shown(weight: Tensor) -> float | str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .reductions import COUNT_POSITIVE, DIVISORS
 from .stats import FCRNLossStats
-from .validation import Rule, check
+from .validation import Rule, check, make_rule
 
 _SUMMED_BY_ONE_THREAD = 32_768
 
@@ -67,9 +67,8 @@ def fcrn_loss(
     Every promise about values and gradients holds here too; what it costs is memory and time:
     some thirty passes over the maps instead of one.
     """
-    rule = check(
-        pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction
-    )
+    rule = make_rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+    check(pred, target, rule)
     return loss_by_rule(pred, target, rule, return_stats)
 
 

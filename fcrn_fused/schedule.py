@@ -3,32 +3,79 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
 from .module import FCRNLoss
+from .validation import check_weight
+
+
+def _check_positive(name: str, value: float) -> float:
+    number = check_weight(name, value)
+    if number == 0:
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
+
+
+def _check_count(name: str, value: int, *, at_least: int) -> int:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    number = value.__index__()
+    if number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {number}")
+    return number
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "initial": check_weight,
+    "final": check_weight,
+    "gamma": _check_positive,
+    "step_size": partial(_check_count, at_least=1),
+    "total_iters": partial(_check_count, at_least=1),
+    "last_step": partial(_check_count, at_least=0),
+}
+
+
+def _checked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings and the step of a schedule, as plain Python values."""
+    return {name: _CHECKS[name](name, value) for name, value in state.items()}
+
+
+def _unwrapped(loss: nn.Module) -> FCRNLoss:
+    """The `FCRNLoss` in the wrappers of torch.compile and of data parallelism."""
+    inner: Any = loss
+    while not isinstance(inner, FCRNLoss):
+        if isinstance(inner, (DataParallel, DistributedDataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):  # torch.compile's OptimizedModule, a private class
+            inner = inner._orig_mod
+        else:
+            raise TypeError(f"loss must be an FCRNLoss, got {type(inner).__name__}")
+    return inner
 
 
 class _NegativeWeightSchedule:
-    """What the schedules share; a subclass says what the weight is after `last_step` steps.
+    """What the schedules share; a subclass defines the weight after `last_step` steps.
 
     The weight is filled in place, so that a captured CUDA graph and a compiled step see it.
     """
 
-    def __init__(self, loss: FCRNLoss) -> None:
-        if not isinstance(loss, FCRNLoss):
-            raise TypeError(f"loss must be an FCRNLoss, got {type(loss).__name__}")
-        self.loss = loss
-        self.last_step = 0
+    last_step: int
+
+    def __init__(self, loss: nn.Module, **settings: Any) -> None:
+        self.loss = _unwrapped(loss)
+        vars(self).update(_checked({**settings, "last_step": 0}))
         self._fill()
 
     def _weight(self) -> float:
         raise NotImplementedError
 
-    def _fill(self) -> None:
-        self.loss.negative_weight.fill_(self._weight())
-
     def step(self) -> None:
-        """Go on by one step, once an iteration after the optimiser's, and fill the weight."""
+        """Advance by one step and fill the weight; call it once per iteration."""
         self.last_step += 1
         self._fill()
 
@@ -40,11 +87,13 @@ class _NegativeWeightSchedule:
         """Everything but the loss, in plain Python values (loads with `weights_only=True`)."""
         return {name: value for name, value in vars(self).items() if name != "loss"}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of `state_dict` and fill the weight that belongs to it.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the settings and the step of `state_dict`, and fill the weight.
 
         Raises:
-            KeyError: a value is missing, or one is not of this schedule.
+            KeyError: a value is missing, or is not one of this schedule's.
+            TypeError, ValueError: a value that the constructor refuses, or a `last_step` that is
+                not an integer or is negative. Nothing is changed.
         """
         wanted = self.state_dict().keys()
         if state_dict.keys() != wanted:
@@ -52,8 +101,11 @@ class _NegativeWeightSchedule:
                 f"state_dict must hold {', '.join(sorted(wanted))}, "
                 f"got {', '.join(sorted(map(str, state_dict)))}"
             )
-        vars(self).update(state_dict)
+        vars(self).update(_checked(state_dict))
         self._fill()
+
+    def _fill(self) -> None:
+        self.loss.negative_weight.fill_(self._weight())
 
 
 class StepNegativeWeight(_NegativeWeightSchedule):
@@ -64,30 +116,33 @@ class StepNegativeWeight(_NegativeWeightSchedule):
     reply in ankush-me/SynthText, issue 20, for batches of 16 images).
 
     Args:
-        loss: the `FCRNLoss` to anneal.
+        loss: the `FCRNLoss` to anneal, also one wrapped by `torch.compile`, `DataParallel` or
+            `DistributedDataParallel`.
         initial: weight at the start, finite and not negative.
         gamma: factor of growth, positive and finite.
         step_size: number of steps from one growth to the next, at least 1.
         final: the weight is never above this; finite and not negative.
 
     Raises:
+        TypeError: `loss` is not an `FCRNLoss`, or a value is not a number.
         ValueError: a value out of the ranges above, which the message names.
     """
 
+    initial: float
+    gamma: float
+    step_size: int
+    final: float
+
     def __init__(
         self,
-        loss: FCRNLoss,
+        loss: nn.Module,
         *,
         initial: float = 0.01,
         gamma: float = 1.05,
         step_size: int = 100,
         final: float = 1.0,
     ) -> None:
-        self.initial = _finite("initial", initial)
-        self.gamma = _finite("gamma", gamma, positive=True)
-        self.step_size = _count("step_size", step_size)
-        self.final = _finite("final", final)
-        super().__init__(loss)
+        super().__init__(loss, initial=initial, gamma=gamma, step_size=step_size, final=final)
 
     def _weight(self) -> float:
         try:
@@ -103,43 +158,27 @@ class LinearNegativeWeight(_NegativeWeightSchedule):
     Fills `loss.negative_weight` in place, from construction on.
 
     Args:
-        loss: the `FCRNLoss` to anneal.
+        loss: the `FCRNLoss` to anneal, also one wrapped by `torch.compile`, `DataParallel` or
+            `DistributedDataParallel`.
         initial: weight at the start, finite and not negative.
         final: weight after `total_iters` steps, finite and not negative.
         total_iters: number of steps, at least 1.
 
     Raises:
+        TypeError: `loss` is not an `FCRNLoss`, or a value is not a number.
         ValueError: a value out of the ranges above, which the message names.
     """
 
+    initial: float
+    final: float
+    total_iters: int
+
     def __init__(
-        self, loss: FCRNLoss, *, initial: float = 0.01, final: float = 1.0, total_iters: int
+        self, loss: nn.Module, *, initial: float = 0.01, final: float = 1.0, total_iters: int
     ) -> None:
-        self.initial = _finite("initial", initial)
-        self.final = _finite("final", final)
-        self.total_iters = _count("total_iters", total_iters)
-        super().__init__(loss)
+        super().__init__(loss, initial=initial, final=final, total_iters=total_iters)
 
     def _weight(self) -> float:
         if self.last_step >= self.total_iters:
             return self.final
         return self.initial + (self.final - self.initial) * (self.last_step / self.total_iters)
-
-
-def _finite(name: str, value: float, *, positive: bool = False) -> float:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        kind = "positive" if positive else "not negative"
-        raise ValueError(f"{name} must be finite and {kind}, got {value}")
-    return number
-
-
-def _count(name: str, value: int) -> int:
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    number = value.__index__()
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return number

@@ -1,10 +1,10 @@
-"""What the public functions accept; everything else is refused, before anything is launched."""
+"""Checks of what the public functions are given; all of them raise before anything is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,46 +13,56 @@ from .reductions import REDUCTIONS
 
 BACKENDS = ("auto", "fused", "reference")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_UNKNOWN_SUBCLASSES = {
+# Known by name: their modules take long to import, and a program without them needs neither.
+_UNSUPPORTED_SUBCLASSES = {
     "DTensor": "pass its to_local(), and add up what the loss is divided by over the ranks",
     "MaskedTensor": "pass its get_data(), and mark what is masked by ignore_value",
 }
 
 
 class Rule(NamedTuple):
-    """The settings of the loss, in the one order in which everything below passes them on."""
+    """The settings of the loss, checked, in the order in which they are passed on."""
 
     negative_weight: float | Tensor  # a number, or a 0-dim tensor
     positive_weight: float
-    coord_weight: float | Sequence[float] | Tensor  # one for all pose maps, or one for each
+    coord_weight: float | tuple[float, ...] | Tensor  # one for all pose maps, or one for each
     ignore_value: float | None
     reduction: str
 
 
-def check(
-    pred: Tensor,
-    target: Tensor,
+def make_rule(
     negative_weight: float | Tensor,
     positive_weight: float,
     coord_weight: float | Sequence[float] | Tensor,
     ignore_value: float | None,
     reduction: str,
 ) -> Rule:
-    """Check the arguments of `fcrn_loss` against each other.
+    """The settings of `fcrn_loss` as a `Rule`; numbers of any type become Python floats.
 
     Raises:
-        TypeError: `pred` or `target` is not a tensor, or a weight is not a number.
-        ValueError: a shape, dtype, device, reduction, weight or `ignore_value` does not fit.
+        TypeError: a weight or `ignore_value` is not a number.
+        ValueError: a weight, `ignore_value` or `reduction` does not fit.
     """
-    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
-        name, given = ("target", target) if isinstance(pred, Tensor) else ("pred", pred)
-        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
-    for name, tensor in (("pred", pred), ("target", target)):
-        if remedy := _UNKNOWN_SUBCLASSES.get(type(tensor).__name__):
-            raise ValueError(
-                f"{name} must be a plain tensor, got a {type(tensor).__name__}; {remedy}"
-            )
-    shape = pred.shape
+    return Rule(
+        check_negative_weight(negative_weight),
+        check_weight("positive_weight", positive_weight),
+        check_coord_weight(coord_weight),
+        check_ignore_value(ignore_value),
+        check_reduction(reduction),
+    )
+
+
+def check(pred: Tensor, target: Tensor, rule: Rule) -> None:
+    """Check `pred` and `target`, and the settings that depend on them.
+
+    Raises:
+        TypeError: `pred` or `target` is not a tensor.
+        ValueError: a shape, dtype, layout, device or number of weights does not fit, or a weight
+            requires grad.
+    """
+    _check_maps("pred", pred)
+    _check_maps("target", target)
+    shape, device = pred.shape, pred.device
     if shape != target.shape:
         raise ValueError(
             f"target must have the shape of pred, {tuple(shape)}, got {tuple(target.shape)}"
@@ -62,46 +72,66 @@ def check(
             "pred must have the shape (B, C, *S), C = pose maps + 1 confidence map, "
             f"got {tuple(shape)}"
         )
-    if not (pred.dtype in _FLOATING and target.dtype in _FLOATING):
-        name, tensor = ("target", target) if pred.dtype in _FLOATING else ("pred", pred)
-        raise ValueError(
-            f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
-        )
-    device = pred.device
     if device != target.device:
         raise ValueError(f"target must be on the device of pred, {device}, got {target.device}")
-    if not (pred.layout is torch.strided and target.layout is torch.strided):
-        name, tensor = ("target", target) if pred.layout is torch.strided else ("pred", pred)
-        raise ValueError(f"{name} must be a dense (strided) tensor, got {tensor.layout}")
+    negative_weight, coord_weight = rule.negative_weight, rule.coord_weight
     if isinstance(negative_weight, Tensor):
-        _check_weight_tensor("negative_weight", negative_weight, device, num_maps=None)
-    else:
-        negative_weight = check_weight("negative_weight", negative_weight)
-        if torch.compiler.is_compiling():
-            # as a tensor: a number that is annealed would be compiled in, each value anew
-            one = torch.ones((), dtype=torch.float64, device=device)
-            negative_weight = one * negative_weight
+        _check_weight_tensor("negative_weight", negative_weight, device)
+    if isinstance(coord_weight, float):
+        return
+    num_maps = shape[1] - 1
     if isinstance(coord_weight, Tensor):
-        _check_weight_tensor("coord_weight", coord_weight, device, shape[1] - 1)
-    else:
-        coord_weight = check_coord_values(coord_weight, shape[1] - 1)
-    return Rule(
-        negative_weight,
-        check_weight("positive_weight", positive_weight),
-        coord_weight,
-        None if ignore_value is None else check_ignore_value(ignore_value),
-        check_reduction(reduction),
-    )
+        _check_weight_tensor("coord_weight", coord_weight, device)
+        if coord_weight.dim() != 0 and coord_weight.shape[0] != num_maps:
+            raise ValueError(
+                f"coord_weight must be a number or a tensor of shape () or ({num_maps},), "
+                f"got shape {tuple(coord_weight.shape)}"
+            )
+    elif len(coord_weight) != num_maps:
+        raise ValueError(
+            f"coord_weight must be one number or one for each of the {num_maps} pose maps, "
+            f"got {len(coord_weight)}"
+        )
+
+
+def check_negative_weight(weight: float | Tensor) -> float | Tensor:
+    """A number as `check_weight` takes it, or a 0-dim floating tensor without grad."""
+    if not isinstance(weight, Tensor):
+        return check_weight("negative_weight", weight)
+    if weight.dim() != 0:
+        raise ValueError(
+            f"negative_weight must be a number or a 0-dim tensor, got shape {tuple(weight.shape)}"
+        )
+    return _check_weight_tensor("negative_weight", weight)
+
+
+def check_coord_weight(
+    weight: float | Sequence[float] | Tensor,
+) -> float | tuple[float, ...] | Tensor:
+    """A number, a sequence or array of numbers, or a floating tensor of shape () or (C - 1,)."""
+    if isinstance(weight, float):
+        return check_weight("coord_weight", weight)
+    if isinstance(weight, Tensor):
+        if weight.dim() > 1:
+            raise ValueError(
+                "coord_weight must be a number or a tensor of shape () or (C - 1,), "
+                f"got shape {tuple(weight.shape)}"
+            )
+        return _check_weight_tensor("coord_weight", weight)
+    is_sequence = isinstance(weight, Sequence) and not isinstance(weight, (str, bytes))
+    if is_sequence or getattr(weight, "ndim", 0) == 1:  # NumPy's arrays are not Sequences
+        return tuple([check_weight(f"coord_weight[{i}]", each) for i, each in enumerate(weight)])
+    return check_weight("coord_weight", weight)  # type: ignore[arg-type]  # whatever it is
 
 
 def check_weight(name: str, weight: float) -> float:
-    """A weight given as a number: real, finite and not negative.
+    """A number that is finite and not negative.
 
     Raises:
         TypeError: not a number.
         ValueError: negative, NaN or infinite.
     """
-    if not isinstance(weight, float):
+    if type(weight) is not float:  # np.float64 is a subclass
         weight = _as_float(name, weight)
     if not 0 <= weight < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {weight}")
@@ -109,7 +139,7 @@ def check_weight(name: str, weight: float) -> float:
 
 
 def check_ignore_value(ignore_value: float | None) -> float | None:
-    """The target confidence of cells to leave out: any number but NaN, or None.
+    """The target confidence of cells to ignore: any number but NaN, or None.
 
     Raises:
         TypeError: not a number.
@@ -117,7 +147,7 @@ def check_ignore_value(ignore_value: float | None) -> float | None:
     """
     if ignore_value is None:
         return None
-    if not isinstance(ignore_value, float):
+    if type(ignore_value) is not float:
         ignore_value = _as_float("ignore_value", ignore_value)
     if ignore_value != ignore_value:
         raise ValueError("ignore_value must not be NaN (nothing is equal to nan), got nan")
@@ -138,49 +168,42 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def check_coord_values(
-    coord_weight: float | Sequence[float], num_maps: int | None = None
-) -> float | tuple[float, ...]:
-    """Weights of the pose maps given as numbers: one for all, or `num_maps` of them.
-
-    `num_maps` None: any number of them.
-    """
-    if isinstance(coord_weight, (float, int, str, bytes)) or not hasattr(coord_weight, "__len__"):
-        return check_weight("coord_weight", coord_weight)  # type: ignore[arg-type]
-    if num_maps is not None and len(coord_weight) != num_maps:
-        raise ValueError(
-            f"coord_weight must be one number or one for each of the {num_maps} pose maps, "
-            f"got {len(coord_weight)}"
-        )
-    return tuple(
-        [check_weight(f"coord_weight[{i}]", weight) for i, weight in enumerate(coord_weight)]
-    )
+def _check_maps(name: str, tensor: Tensor) -> None:
+    """What `pred` and `target` must be, each for itself."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if remedy := _UNSUPPORTED_SUBCLASSES.get(type(tensor).__name__):
+        raise ValueError(f"{name} must be a plain tensor, got a {type(tensor).__name__}; {remedy}")
+    _check_floating(name, tensor)
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense (strided) tensor, got {tensor.layout}")
 
 
-def _check_weight_tensor(
-    name: str, weight: Tensor, device: torch.device, num_maps: int | None
-) -> None:
-    """`num_maps` None: only 0-dim will do; else a tensor of shape (num_maps,) does as well."""
-    if weight.dtype not in _FLOATING:
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
         raise ValueError(
-            f"{name} must be float64, float32, float16 or bfloat16, got {weight.dtype}"
+            f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
         )
-    if weight.dim() != 0 and (num_maps is None or weight.shape != (num_maps,)):
-        wanted = "a 0-dim tensor" if num_maps is None else f"a tensor of shape () or ({num_maps},)"
-        raise ValueError(f"{name} must be a number or {wanted}, got shape {tuple(weight.shape)}")
-    if weight.device != device and weight.device.type != "cpu":
-        raise ValueError(
-            f"{name} must be on the device of pred, {device}, or on the CPU, got {weight.device}"
-        )
+
+
+def _check_weight_tensor(name: str, weight: Tensor, device: torch.device | None = None) -> Tensor:
+    """Any shape; `device` is that of `pred`, where it is known."""
+    _check_floating(name, weight)
     if weight.requires_grad:
         raise ValueError(
             f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"
         )
+    if device is not None and weight.device != device and weight.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be on the device of pred, {device}, or on the CPU, got {weight.device}"
+        )
+    return weight
 
 
-def _as_float(name: str, value: object) -> float:
-    """A number that is no float: an int, a NumPy scalar, a Fraction."""
-    if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
+def _as_float(name: str, value: Any) -> float:
+    """A number of another type than float: an int, a Fraction, a NumPy scalar or 0-d array."""
+    is_number = hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
+    if not is_number or isinstance(value, (str, bytes, Tensor)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
         return float(value)

@@ -100,6 +100,25 @@ def test_an_ignore_value_that_is_not_a_number(call: Callable[..., Any], value: A
     refused(TypeError, rf"ignore_value.*{type(value).__name__}", call, ignore_value=value)
 
 
+@pytest.mark.parametrize("value", [np.ones(1), np.ones((1, 1))], ids=lambda v: str(v.shape))
+@pytest.mark.parametrize("name", ["negative_weight", "positive_weight", "ignore_value"])
+@each_entrance
+def test_an_array_of_one_number_is_not_a_number(
+    call: Callable[..., Any], name: str, value: Any
+) -> None:
+    refused(TypeError, rf"{name}.*ndarray", call, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "value", [np.ones((2, 2)), {0: 1.0}, {1.0, 2.0}, b"12"], ids=lambda v: type(v).__name__
+)
+@each_entrance
+def test_coord_weights_that_are_not_a_sequence_of_numbers(
+    call: Callable[..., Any], value: Any
+) -> None:
+    refused(TypeError, rf"coord_weight.*{type(value).__name__}", call, coord_weight=value)
+
+
 SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((2, 3, 4, 5), (2, 3, 5, 4)),
     ((2, 3, 4, 5), (2, 3, 4)),

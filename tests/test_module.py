@@ -7,13 +7,15 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from batches import REDUCTIONS, make_batch
+from batches import DTYPES, REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
 
@@ -138,8 +140,8 @@ def test_repr_shows_the_settings_and_the_weight_of_now() -> None:
         "FCRNLoss(",
         "negative_weight=0.01,",
         "positive_weight=2.0",
-        "coord_weight=[1.0, 0.5]",
-        "ignore_value=-1",
+        "coord_weight=(1.0, 0.5)",
+        "ignore_value=-1.0",
         "reduction='positive'",
     ):
         assert part in text
@@ -180,10 +182,105 @@ def test_a_state_dict_in_halves_loads_into_float32() -> None:
     assert module.negative_weight.item() == 0.25
 
 
-def test_a_coord_weight_stays_out_of_the_state_dict() -> None:
-    """It is a setting: a checkpoint of one loss loads into a loss with other settings."""
-    module = fcrn_fused.FCRNLoss(coord_weight=torch.tensor([1.0, 2.0]))
-    fcrn_fused.FCRNLoss().load_state_dict(module.state_dict())
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
+def test_a_checkpoint_of_another_dtype_loads_into_the_dtypes_of_the_module(
+    inside: bool, dtype: torch.dtype, assign: bool
+) -> None:
+    loss = fcrn_fused.FCRNLoss(coord_weight=torch.ones(2))
+    checkpoint = {"negative_weight": torch.tensor(0.25), "coord_weight": torch.tensor([1.0, 2.0])}
+    checkpoint = {name: weight.to(dtype) for name, weight in checkpoint.items()}
+    if inside:
+        nested = {f"0.{name}": weight for name, weight in checkpoint.items()}
+        torch.nn.Sequential(loss).load_state_dict(nested, assign=assign)
+    else:
+        loss.load_state_dict(checkpoint, assign=assign)
+    assert loss.negative_weight.dtype == loss.coord_weight.dtype == torch.float32
+    assert loss.negative_weight.item() == 0.25
+    assert loss.coord_weight.tolist() == [1.0, 2.0]
+    assert all(weight.dtype == dtype for weight in checkpoint.values()), "the caller's"
+
+
+def test_assign_takes_a_tensor_of_the_right_dtype_as_it_is() -> None:
+    checkpoint = {"negative_weight": torch.tensor(0.25)}
+    loss = fcrn_fused.FCRNLoss()
+    loss.load_state_dict(checkpoint, assign=True)
+    assert loss.negative_weight.data_ptr() == checkpoint["negative_weight"].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_coord_weight_tensor_is_in_the_state_dict(dtype: torch.dtype) -> None:
+    weight = torch.tensor([1.0, 2.0], dtype=dtype)
+    state = fcrn_fused.FCRNLoss(coord_weight=weight).state_dict()
+    other = fcrn_fused.FCRNLoss(coord_weight=torch.zeros(2, dtype=dtype))
+    other.load_state_dict(state)
+    assert other.coord_weight.dtype == dtype
+    assert torch.equal(other.coord_weight, weight)
+
+
+@pytest.mark.parametrize("weight", [2.0, [1.0, 2.0], np.ones(2)], ids=type)
+def test_a_coord_weight_of_numbers_is_not_in_the_state_dict(weight: Any) -> None:
+    assert list(fcrn_fused.FCRNLoss(coord_weight=weight).state_dict()) == ["negative_weight"]
+
+
+def test_a_checkpoint_without_the_coord_weight_is_refused_by_name() -> None:
+    state = fcrn_fused.FCRNLoss().state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key.*coord_weight"):
+        fcrn_fused.FCRNLoss(coord_weight=torch.ones(2)).load_state_dict(state)
+
+
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "numbers": {"negative_weight": 0.25, "coord_weight": (1.0, 0.1)},
+    "numpy": {"negative_weight": np.float32(0.25), "coord_weight": np.array([1.0, 0.1])},
+    "float64 tensors": {
+        "negative_weight": torch.tensor(0.25, dtype=torch.float64),
+        "coord_weight": torch.tensor([1.0, 0.1], dtype=torch.float64),
+    },
+    "one coord weight": {"coord_weight": torch.tensor(0.1)},
+}
+each_weight = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
+
+
+@each_weight
+def test_reset_parameters_fills_in_the_values_of_construction(weights: dict[str, Any]) -> None:
+    loss, fresh = fcrn_fused.FCRNLoss(**weights), fcrn_fused.FCRNLoss(**weights)
+    for buffer in loss.buffers():
+        buffer.fill_(7)
+    loss.reset_parameters()
+    torch.testing.assert_close(loss.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+
+
+@each_weight
+def test_a_module_made_on_meta_is_materialised_and_reset(weights: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        loss = fcrn_fused.FCRNLoss(**weights)
+    loss.to_empty(device="cpu")
+    loss.reset_parameters()
+    fresh = fcrn_fused.FCRNLoss(**weights)
+    torch.testing.assert_close(loss.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+
+
+@each_weight
+def test_a_module_moved_to_meta_loads_a_checkpoint(weights: dict[str, Any]) -> None:
+    fresh = fcrn_fused.FCRNLoss(**weights)
+    loss = fcrn_fused.FCRNLoss(**weights).to("meta").to_empty(device="cpu")
+    loss.load_state_dict(fresh.state_dict())
+    torch.testing.assert_close(loss.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["negative_weight", "coord_weight"])
+def test_a_weight_tensor_on_meta_has_no_values_to_reset_to(name: str) -> None:
+    loss = fcrn_fused.FCRNLoss(**{name: torch.ones((), device="meta")}).to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=f"{name}.*meta"):
+        loss.reset_parameters()
+
+
+def test_repr_on_meta() -> None:
+    with torch.device("meta"):
+        loss = fcrn_fused.FCRNLoss(coord_weight=torch.ones(6))
+    assert "negative_weight='meta'" in repr(loss)
+    assert "size=(6,)" in repr(loss)
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -201,7 +298,9 @@ def saved_and_loaded(module: Any) -> Any:
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
-@pytest.mark.parametrize("coord_weight", [2.0, (1.0, 2.0), torch.tensor([1.0, 2.0])], ids=str)
+@pytest.mark.parametrize(
+    "coord_weight", [2.0, (1.0, 2.0), np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])], ids=str
+)
 def test_copies_are_equal_and_independent(
     impl: Implementation, coord_weight: Any, duplicate: Callable[[Any], Any]
 ) -> None:
@@ -242,6 +341,155 @@ def test_train_eval_and_zero_grad_do_nothing(impl: Implementation) -> None:
 def test_every_number_becomes_the_buffer(weight: Any) -> None:
     module = fcrn_fused.FCRNLoss(negative_weight=weight)
     assert module.negative_weight.item() == float(weight)
+
+
+NUMBERS = [
+    2,
+    Fraction(2),
+    Decimal(2),
+    np.float16(2),
+    np.float32(2),
+    np.float64(2),
+    np.int64(2),
+    np.array(2),
+    np.array(2.0),
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"{type(number).__name__} {number}")
+@pytest.mark.parametrize("name", ["positive_weight", "coord_weight", "ignore_value"])
+def test_a_number_of_any_type_is_kept_as_a_float(name: str, number: Any) -> None:
+    kept = getattr(fcrn_fused.FCRNLoss(**{name: number}), name)
+    assert type(kept) is float
+    assert kept == 2.0
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"{type(number).__name__} {number}")
+@pytest.mark.parametrize("name", ["negative_weight", "positive_weight", "coord_weight"])
+def test_a_number_of_any_type_weighs_the_same(impl: Implementation, name: str, number: Any) -> None:
+    pred, target = make_batch(device=impl.device)
+    want = impl.loss(pred, target, **{name: 2.0})
+    assert torch.equal(impl.loss(pred, target, **{name: number}), want)
+    assert torch.equal(impl.module(**{name: number})(pred, target), want)
+
+
+SEQUENCES = [
+    [1, 2],
+    (1.0, 2.0),
+    range(1, 3),
+    [np.float32(1), Fraction(2)],
+    np.array([1, 2]),
+    np.array([1.0, 2.0]),
+    np.array([1.0, 0.0, 2.0])[::2],
+]
+
+
+@pytest.mark.parametrize("weights", SEQUENCES, ids=repr)
+def test_coord_weights_of_any_type_are_kept_as_floats(weights: Any) -> None:
+    kept = fcrn_fused.FCRNLoss(coord_weight=weights).coord_weight
+    assert type(kept) is tuple
+    assert kept == (1.0, 2.0)
+    assert all(type(weight) is float for weight in kept)
+
+
+@pytest.mark.parametrize("weights", SEQUENCES, ids=repr)
+def test_coord_weights_of_any_type_weigh_the_same(impl: Implementation, weights: Any) -> None:
+    pred, target = make_batch((2, 3, 4, 5), device=impl.device)
+    want = impl.loss(pred, target, coord_weight=(1.0, 2.0))
+    assert torch.equal(impl.loss(pred, target, coord_weight=weights), want)
+    assert torch.equal(impl.module(coord_weight=weights)(pred, target), want)
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=lambda make: make.__name__)
+def test_a_change_of_the_callers_coord_weights_has_no_effect(
+    impl: Implementation, make: Callable[[list[float]], Any]
+) -> None:
+    weights = make([1.0, 2.0])
+    pred, target = make_batch((2, 3, 4, 5), device=impl.device)
+    loss = impl.module(coord_weight=weights)
+    before = loss(pred, target)
+    weights[0] = 100.0
+    assert torch.equal(loss(pred, target), before)
+
+
+def test_more_than_32_coord_weights_given_as_numbers(impl: Implementation) -> None:
+    weights = np.arange(40) / 8
+    pred, target = make_batch((2, 41, 3, 3), device=impl.device)
+    truth = oracle.fcrn_loss(pred, target, coord_weight=weights.tolist())
+    assert_loss(impl.module(coord_weight=weights)(pred, target), truth.loss, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        *(
+            {"coord_weight": weight}
+            for weight in (np.ones(6), np.float32(2), np.array(2.0), [1] * 6)
+        ),
+        {"coord_weight": torch.ones(6)},
+        {"positive_weight": np.float64(2), "ignore_value": np.float32(-1)},
+    ],
+    ids=str,
+)
+def test_a_module_compiles_without_a_graph_break(
+    impl: Implementation, weights: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    loss = impl.module(**weights)
+    pred, target = make_batch(device=impl.device)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(pred, target), loss(pred, target))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("positive_weight", np.float32(2), 2.0),
+        ("coord_weight", [1, 2], (1.0, 2.0)),
+        ("coord_weight", np.array(2), 2.0),
+        ("ignore_value", -1, -1.0),
+        ("reduction", "sum", "sum"),
+        ("backend", "reference", "reference"),
+    ],
+    ids=str,
+)
+def test_a_setting_changed_later_is_kept_as_at_construction(
+    name: str, value: Any, kept: Any
+) -> None:
+    loss = fcrn_fused.FCRNLoss()
+    setattr(loss, name, value)
+    assert getattr(loss, name) == kept
+    assert type(getattr(loss, name)) is type(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("positive_weight", -1.0, ValueError),
+        ("positive_weight", "1", TypeError),
+        ("coord_weight", [1.0, float("nan")], ValueError),
+        ("ignore_value", float("nan"), ValueError),
+        ("reduction", "average", ValueError),
+        ("backend", "cuda", ValueError),
+        ("negative_weight", torch.ones(1), ValueError),
+        ("negative_weight", torch.tensor(1.0, requires_grad=True), ValueError),
+    ],
+    ids=str,
+)
+def test_a_setting_changed_later_is_checked(name: str, value: Any, error: type[Exception]) -> None:
+    loss = fcrn_fused.FCRNLoss()
+    before = getattr(loss, name)
+    with pytest.raises(error, match=name):
+        setattr(loss, name, value)
+    assert getattr(loss, name) is before
+
+
+@pytest.mark.parametrize("name", ["negative_weight", "coord_weight"])
+def test_a_weight_that_came_to_require_grad_is_refused(impl: Implementation, name: str) -> None:
+    loss = impl.module(coord_weight=torch.ones(6))
+    getattr(loss, name).requires_grad_()
+    with pytest.raises(ValueError, match=f"{name}.*requires_grad=True"):
+        loss(*make_batch(device=impl.device))
 
 
 def test_share_memory_keeps_the_buffer_in_place() -> None:

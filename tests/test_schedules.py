@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -223,10 +223,123 @@ def test_only_an_fcrn_loss_is_annealed(make: Callable[[FCRNLoss], Any]) -> None:
         make(torch.nn.MSELoss())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["initial", "gamma", "final", "step_size"])
-def test_what_is_no_number_is_a_type_error(name: str) -> None:
-    with pytest.raises(TypeError, match=rf"{name}.*str"):
-        StepNegativeWeight(FCRNLoss(), **{name: "0.01"})
+BAD_TYPES = [
+    *((name, value) for name in ("initial", "final") for value in ("0.01", None, [0.1])),
+    ("gamma", "2"),
+    ("step_size", "100"),
+    ("step_size", 100.0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_TYPES)
+def test_what_is_no_number_is_a_type_error(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{name}.*{type(value).__name__}"):
+        StepNegativeWeight(FCRNLoss(), **{name: value})
+
+
+BAD_LAST_STEP = [
+    ("last_step", -1, ValueError),
+    ("last_step", 1.0, TypeError),
+    ("last_step", "1", TypeError),
+    ("last_step", None, TypeError),
+]
+BAD_STATES = [
+    *((StepNegativeWeight, name, value, ValueError) for name, value in BAD_STEP),
+    *((StepNegativeWeight, name, value, TypeError) for name, value in BAD_TYPES),
+    *((StepNegativeWeight, *bad) for bad in BAD_LAST_STEP),
+    *((LinearNegativeWeight, name, value, ValueError) for name, value in BAD_LINEAR),
+    *((LinearNegativeWeight, *bad) for bad in BAD_LAST_STEP),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "error"), BAD_STATES, ids=str)
+def test_a_state_is_checked_as_the_constructor_checks_and_changes_nothing(
+    kind: type, name: str, value: Any, error: type[Exception]
+) -> None:
+    settings = {"total_iters": 10} if kind is LinearNegativeWeight else {}
+    schedule = kind(FCRNLoss(), initial=0.5, **settings)
+    before = schedule.state_dict()
+    shown = value if error is ValueError else type(value).__name__
+    with pytest.raises(error, match=rf"{name}.*{shown}"):
+        schedule.load_state_dict({**before, "final": 0.75, "last_step": 1, name: value})
+    assert schedule.state_dict() == before
+    assert filled(schedule.loss) == 0.5
+
+
+def test_a_state_of_numpy_numbers_is_taken_as_plain_values() -> None:
+    schedule = StepNegativeWeight(FCRNLoss())
+    state = {**schedule.state_dict(), "last_step": np.int64(3), "initial": np.float64(0.5)}
+    schedule.load_state_dict(state)
+    assert schedule.last_step == 3
+    assert filled(schedule.loss) == 0.5
+    assert all(type(value) in (int, float) for value in schedule.state_dict().values())
+
+
+class LossWithParameter(FCRNLoss):
+    """DistributedDataParallel takes only modules that have parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """This process as the only one of a group."""
+    if not torch.distributed.is_available():
+        pytest.skip("PyTorch without torch.distributed")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[FCRNLoss], torch.nn.Module]] = {
+    "compile": torch.compile,
+    "DataParallel": torch.nn.DataParallel,
+    "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
+    "compile of DataParallel": lambda loss: torch.compile(torch.nn.DataParallel(loss)),
+    "DistributedDataParallel of compile": lambda loss: torch.nn.parallel.DistributedDataParallel(
+        torch.compile(loss)
+    ),
+}
+each_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+
+
+@each_schedule
+@each_wrapper
+def test_a_wrapped_loss_is_annealed(
+    process_group: None,
+    wrap: Callable[[FCRNLoss], torch.nn.Module],
+    make: Callable[[Any], Any],
+) -> None:
+    loss = LossWithParameter()
+    schedule = make(wrap(loss))
+    assert schedule.loss is loss
+    for _ in range(5):
+        schedule.step()
+    assert filled(loss) == pytest.approx(schedule.get_last_weight())
+    assert filled(loss) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (torch.compile(torch.nn.MSELoss()), "MSELoss"),
+        (torch.nn.DataParallel(torch.nn.MSELoss()), "MSELoss"),
+        (torch.nn.Sequential(FCRNLoss()), "Sequential"),
+        (FCRNLoss, "type"),
+        (fcrn_fused.fcrn_loss, "function"),
+        (None, "NoneType"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+@each_schedule
+def test_what_is_not_an_fcrn_loss_is_refused_by_its_type(
+    make: Callable[[Any], Any], loss: Any, name: str
+) -> None:
+    with pytest.raises(TypeError, match=f"FCRNLoss.*{name}"):
+        make(loss)
 
 
 def test_total_iters_has_no_default() -> None:
