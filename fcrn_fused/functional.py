@@ -120,7 +120,7 @@ def loss_by_rule(
     if torch.compiler.is_compiling() and not isinstance(rule.negative_weight, Tensor):
         # A Python float would be compiled in as a constant: each new value would recompile.
         one = torch.ones((), dtype=torch.float64, device=pred.device)
-        rule = rule._replace(negative_weight=one * rule.negative_weight)
+        rule = Rule(one * rule.negative_weight, *rule[1:])
     if backend == "reference" or not _use_fused(pred, target, backend):
         return reference.loss_by_rule(pred, target, rule, return_stats)
     needs_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)

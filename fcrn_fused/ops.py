@@ -101,7 +101,7 @@ def run_forward(
     if want_stats or divisor == COUNT_POSITIVE:
         num_positive = pred.new_empty((), dtype=torch.int64)
     torch.ops.fcrn_fused.loss_pass.default(
-        *(pred.detach(), target.detach(), *arguments, None, None, False, False),
+        *(pred, target, *arguments, None, None, False, False),
         *(loss, coord, positive_conf, negative_conf, num_positive, grad),
         _workspace(pred) if pred.is_cuda else None,
     )
@@ -128,8 +128,7 @@ def run_backward(
         return _backward_of_mixed_dtypes(grad_output, pred, target, arguments, num_positive)
     grad = torch.empty_like(target if wrt_target else pred) if rescaled is None else rescaled
     torch.ops.fcrn_fused.loss_pass.default(
-        *(pred.detach(), target.detach(), *arguments),
-        *(grad_output, num_positive, wrt_target, rescaled is not None),
+        *(pred, target, *arguments, grad_output, num_positive, wrt_target, rescaled is not None),
         *(None, None, None, None, None, grad, None),
     )
     return grad
