@@ -296,7 +296,7 @@ def _batch_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[
 
     def example(index: int) -> tuple[Any, ...]:
         return tuple(
-            given if dim is None else given.select(dim, index)
+            given.select(dim, index) if isinstance(dim, int) else given  # a list has a list of None
             for given, dim in zip(inputs, in_dims, strict=True)
         )
 
