@@ -123,7 +123,8 @@ def loss_by_rule(
         return reference.loss_by_rule(pred, target, rule, return_stats)
     needs_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
     results: Sequence[Any]
-    if needs_grad and not ops.is_jit_tracing():  # which cannot save a Function
+    # A Function is a constant in a graph of torch.export, and torch.jit cannot save one.
+    if needs_grad and not (torch.compiler.is_compiling() or ops.is_jit_tracing()):
         apply: Any = FCRNLossFunction.apply
         results = apply(pred, target, *rule, return_stats)
     else:

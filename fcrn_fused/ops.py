@@ -200,8 +200,9 @@ def is_jit_tracing() -> bool:
 def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> list[Tensor]:
     """`[loss, coord, positive_conf, negative_conf, num_positive]` by the traceable operator."""
     *settings, divisor, output = arguments
-    if isinstance(divisor, Tensor):
-        # torch.jit.trace has sizes in tensors, which the operator would take for constants.
+    if isinstance(divisor, Tensor) and output == 0:
+        # torch.jit.trace has sizes in tensors, which the operator would take for constants; that
+        # of the maps, by which "cell" divides, is one.
         loss, *parts = forward(pred, target, (*settings, 1, output))
         return [loss / divisor, *parts]
     result: list[Tensor] = torch.ops.fcrn_fused.forward.default(pred, target, *arguments)
@@ -258,7 +259,9 @@ def _fake_backward(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, target, negative, coord, *ctx.settings = inputs
-    ctx.save_for_backward(pred, target, negative, coord, output[4])
+    # Copies: whoever fills a weight before backward does not change this gradient.
+    weights = [None if weight is None else weight.clone() for weight in (negative, coord)]
+    ctx.save_for_backward(pred, target, *weights, output[4])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
