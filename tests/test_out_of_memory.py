@@ -11,20 +11,11 @@ from typing import Any
 import pytest
 import torch
 from batches import REDUCTIONS, make_batch
+from counting import passes
 from implementations import Implementation
-from torch.profiler import ProfilerActivity, profile
 
 # More than the addresses of a process, in a few bytes; a result for each cell is too large as well.
 SHAPE = (1 << 23, 7, 1 << 22)
-
-
-def passes(run: Callable[[], object]) -> int:
-    """How often the compiled operator runs."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        run()
-    return sum(
-        event.count for event in profiler.key_averages() if event.key == "fcrn_fused::loss_pass"
-    )
 
 
 class Allocations:
