@@ -117,7 +117,7 @@ def opcheck(operator: Any, arguments: tuple[Any, ...], utils: tuple[str, ...] = 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(("reduction", "dtype", "layout", "tensors"), CASES, ids=str)
-def test_opcheck_of_forward_and_backward(
+def test_opcheck(
     fused: Implementation,
     reduction: str,
     dtype: torch.dtype,

@@ -204,11 +204,11 @@ def test_two_forwards_and_one_backward_under_ddp(fused: Implementation, reductio
 
     picture, target = torch.randn(2, 3, 4, 4), make_batch((2, 7, 4, 4))[1]
     model = Model()
-    (model(picture, target) + model(2 * picture, target)).backward()
+    (3 * (model(picture, target) + model(2 * picture, target))).backward()
     want = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    (parallel(picture, target) + parallel(2 * picture, target)).backward()
+    (3 * (parallel(picture, target) + parallel(2 * picture, target))).backward()
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], want)
 
 

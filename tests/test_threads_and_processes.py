@@ -215,14 +215,14 @@ def main(rank, world, store):
         model.module.loss.negative_weight.fill_(1.0)
     second = model(2 * picture[share], target[share])
     assert model.module.loss.negative_weight.item() == 1.0
-    (first + second).backward()
+    (3 * (first + second)).backward()
     alone = model.module.network
     total = sum(
         fcrn_fused.reference.fcrn_loss(alone(scale * picture), target, negative_weight=weight)
         for scale, weight in ((1, 0.5), (2, 1.0))
     )
     for parameter, want in zip(
-        alone.parameters(), torch.autograd.grad(total, list(alone.parameters()))
+        alone.parameters(), torch.autograd.grad(3 * total, list(alone.parameters()))
     ):
         torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-6)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
