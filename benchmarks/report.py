@@ -127,20 +127,6 @@ def cpu_train_step(records: Sequence[Record]) -> str:
     )
 
 
-def cpu_breakdown(records: Sequence[Record]) -> str:
-    """Where the time of a step goes on the CPU, in shares of it."""
-    if not records:
-        return "Not measured yet: `python benchmarks/step_breakdown.py`."
-    record = records[0]
-    names = [name for name in record["rows"][0]["seconds"] if name not in ("step", "mse_loss")]
-    rows = [
-        [name] + [f"{row['seconds'][name] / row['seconds']['step']:.0%}" for row in record["rows"]]
-        for name in names
-    ]
-    head = ["part of a step"] + [label(Case.from_json(row["case"])) for row in record["rows"]]
-    return f"{markdown_table(head, rows)}\n\n" + source_line(record, "step_breakdown_cpu.json")
-
-
 # ---- GPU ----------------------------------------------------------------------------------------
 
 
@@ -283,7 +269,6 @@ BLOCKS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
     "cpu-speed": (cpu_speed, "loss_speed", "loss_speed_cpu.json"),
     "cpu-bars": (cpu_bars, "loss_speed", "loss_speed_cpu.json"),
     "cpu-train-step": (cpu_train_step, "train_step", "train_step_cpu.json"),
-    "cpu-breakdown": (cpu_breakdown, "step_breakdown", "step_breakdown_cpu.json"),
     "gpu-machine": (gpu_machine, "gpu", "gpu_*.json"),
     "gpu-steps": (gpu_steps, "gpu", "gpu_*.json"),
     "gpu-speed": (gpu_speed, "gpu", "gpu_*.json"),

@@ -125,8 +125,10 @@ def loss_by_rule(
         return reference.loss_by_rule(pred, target, rule, return_stats)
     needs_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
     results: Sequence[Any]
-    if needs_grad and not torch.jit.is_tracing():  # which cannot save a Function
-        results = FCRNLossFunction.apply(pred, target, *rule, return_stats)
+    # A Function is a constant in a graph of torch.export, and torch.jit cannot save one.
+    if needs_grad and not (torch.compiler.is_compiling() or ops.is_jit_tracing()):
+        apply: Any = FCRNLossFunction.apply
+        results = apply(pred, target, *rule, return_stats)
     else:
         arguments = ops.op_arguments(pred, rule)
         if ops.is_traced():
@@ -140,8 +142,12 @@ def _use_fused(pred: Tensor, target: Tensor, backend: str) -> bool:
     """Whether compiled kernels support the input; if not and they were asked for, raises."""
     transform = _active_transform(pred, target)
     reason = transform or ops.why_not(pred.device.type, pred.device.index)
-    if reason is None and pred.dim() > ops.MAX_DIMS:  # and they do not lie side by side
-        reason = f"more than {ops.MAX_DIMS} dimensions, and some that cannot be merged"
+    if (
+        reason is None
+        and pred.dim() > ops.MAX_DIMS
+        and not (pred.is_contiguous() and target.is_contiguous())  # then they are merged
+    ):
+        reason = f"more than {ops.MAX_DIMS} dimensions, and not all contiguous"
     if reason is None:
         return True
     if backend == "fused":
@@ -153,10 +159,9 @@ def _use_fused(pred: Tensor, target: Tensor, backend: str) -> bool:
 
 def _active_transform(pred: Tensor, target: Tensor) -> str | None:
     """Why the kernels cannot be used: a functorch transform or forward-mode AD."""
-    if (
-        torch._C._are_functorch_transforms_active()
-        or _is_wrapped(pred)  # it leaked out of a transform
-        or _is_wrapped(target)
+    if torch._C._are_functorch_transforms_active() or (
+        not torch.compiler.is_compiling()  # which cannot trace the question
+        and (_is_wrapped(pred) or _is_wrapped(target))  # it leaked out of a transform
     ):
         return "torch.func transforms differentiate and batch the reference only"
     if fwAD._current_level >= 0 and (_is_dual(pred) or _is_dual(target)):

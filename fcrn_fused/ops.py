@@ -65,7 +65,7 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
         negative_tensor, negative = negative, 0.0
     if isinstance(coord, Tensor):
         coord_tensor, coord = coord, (0.0,)
-    elif isinstance(coord, float):
+    elif isinstance(coord, (float, int)):
         coord = (coord,)
     elif len(coord) > _MOST_NUMBERS:
         coord_tensor, coord = torch.tensor(coord, dtype=torch.float64), (0.0,)
@@ -81,11 +81,27 @@ def run_forward(
     want_stats: bool,
     grad: Tensor | None = None,
 ) -> Results:
-    """The loss and, if wanted, its parts; into `grad`, if given, dloss/dpred for a grad_output of 1.
+    """The loss and, if wanted, its parts; into `grad`, if given, dloss/dpred at grad_output 1.
 
     Where `divisor` counts the positive cells, known only at the end of the pass, `grad` is still to
     be divided by them: `run_backward` with `rescaled` does it.
     """
+    results = _empty_results(pred, target, arguments, want_stats)
+    _loss_pass(
+        *(pred, target, *arguments, None, None, False, False),
+        *(*results, grad, _workspace(pred) if pred.is_cuda else None),
+    )
+    return results
+
+
+def _loss_pass(*arguments: Any) -> None:
+    with torch._C._AutoDispatchBelowAutograd():  # whose place is taken by those who call this
+        torch.ops.fcrn_fused.loss_pass.default(*arguments)
+
+
+def _empty_results(
+    pred: Tensor, target: Tensor, arguments: tuple[Any, ...], want_stats: bool
+) -> Results:
     *_, divisor, output = arguments
     dtype = accumulation_dtype(pred.dtype, target.dtype)
     match output:
@@ -100,11 +116,6 @@ def run_forward(
         coord, positive_conf, negative_conf = (pred.new_empty((), dtype=dtype) for _ in range(3))
     if want_stats or divisor == COUNT_POSITIVE:
         num_positive = pred.new_empty((), dtype=torch.int64)
-    torch.ops.fcrn_fused.loss_pass.default(
-        *(pred, target, *arguments, None, None, False, False),
-        *(loss, coord, positive_conf, negative_conf, num_positive, grad),
-        _workspace(pred) if pred.is_cuda else None,
-    )
     return loss, coord, positive_conf, negative_conf, num_positive
 
 
@@ -127,7 +138,7 @@ def run_backward(
     if wrt_target and pred.dtype != target.dtype:
         return _backward_of_mixed_dtypes(grad_output, pred, target, arguments, num_positive)
     grad = torch.empty_like(target if wrt_target else pred) if rescaled is None else rescaled
-    torch.ops.fcrn_fused.loss_pass.default(
+    _loss_pass(
         *(pred, target, *arguments, grad_output, num_positive, wrt_target, rescaled is not None),
         *(None, None, None, None, None, grad, None),
     )
@@ -175,14 +186,25 @@ def is_traced() -> bool:
     """Whether operators are recorded: what runs must then be one that can be differentiated."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or is_jit_tracing()
         # make_fx, fake tensors and users' own modes; there is no public name for it
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` records."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> list[Tensor]:
     """`[loss, coord, positive_conf, negative_conf, num_positive]` by the traceable operator."""
+    *settings, divisor, output = arguments
+    if isinstance(divisor, Tensor) and output == 0:
+        # torch.jit.trace has sizes in tensors, which the operator would take for constants; that
+        # of the maps, by which "cell" divides, is one.
+        loss, *parts = forward(pred, target, (*settings, 1, output))
+        return [loss / divisor, *parts]
     result: list[Tensor] = torch.ops.fcrn_fused.forward.default(pred, target, *arguments)
     return result
 
@@ -192,7 +214,7 @@ def backward(
     pred: Tensor,
     target: Tensor,
     arguments: tuple[Any, ...],
-    num_positive: Tensor,
+    num_positive: Tensor | None,
     wrt_target: bool,
 ) -> Tensor:
     """dloss/dpred or dloss/dtarget by the traceable operator."""
@@ -224,9 +246,22 @@ def _fake_pass(
         )
 
 
+def _fake_forward(pred: Tensor, target: Tensor, *arguments: Any) -> Results:
+    # Not by way of loss_pass, which would make numbers of symbols.
+    _fake_pass(pred, target, *arguments)
+    return _empty_results(pred, target, arguments, want_stats=True)
+
+
+def _fake_backward(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments: Any) -> Tensor:
+    _fake_pass(pred, target, *arguments)
+    return torch.empty_like(target if arguments[-1] else pred)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, target, negative, coord, *ctx.settings = inputs
-    ctx.save_for_backward(pred, target, negative, coord, output[4])
+    # Copies: whoever fills a weight before backward does not change this gradient.
+    weights = [None if weight is None else weight.clone() for weight in (negative, coord)]
+    ctx.save_for_backward(pred, target, *weights, output[4])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -244,6 +279,17 @@ def _differentiate_forward(
     return (*grads, *(None,) * len(arguments))
 
 
+def _refuse_to_be_constant(*arguments: Any) -> None:
+    """What loss_pass writes has no gradient; without this that would show nowhere."""
+    given = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        raise RuntimeError(
+            "fcrn_fused::loss_pass cannot be differentiated; call fcrn_fused.fcrn_loss, or "
+            "torch.ops.fcrn_fused.forward, or this under torch.no_grad()"
+        )
+    _loss_pass(*arguments)
+
+
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError("the second derivatives of fcrn_loss exist in eager mode only")
 
@@ -253,7 +299,7 @@ def _batch_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[
 
     def example(index: int) -> tuple[Any, ...]:
         return tuple(
-            given if dim is None else given.select(dim, index)
+            given.select(dim, index) if isinstance(dim, int) else given  # a list has a list of None
             for given, dim in zip(inputs, in_dims, strict=True)
         )
 
@@ -269,14 +315,15 @@ def _register() -> None:
     tensors = ", ".join(["Tensor"] * 5)
     _library.define(f"forward(Tensor pred, Tensor target, {rule}) -> ({tensors})")
     _library.define(
-        f"backward(Tensor grad_output, Tensor pred, Tensor target, {rule}, Tensor num_positive, "
+        f"backward(Tensor grad_output, Tensor pred, Tensor target, {rule}, Tensor? num_positive, "
         "bool wrt_target) -> Tensor"
     )
     for device in ("CPU", "CUDA"):
         _library.impl("forward", _forward_kernel, device)
         _library.impl("backward", _backward_kernel, device)
-    for name, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
-        torch.library.register_fake(f"fcrn_fused::{name}", kernel)
+    _library.impl("loss_pass", _refuse_to_be_constant, "Autograd")
+    torch.library.register_fake("fcrn_fused::forward", _fake_forward)
+    torch.library.register_fake("fcrn_fused::backward", _fake_backward)
     torch.library.register_fake("fcrn_fused::loss_pass", _fake_pass)
     torch.library.register_autograd(
         "fcrn_fused::forward", _differentiate_forward, setup_context=_save_for_backward

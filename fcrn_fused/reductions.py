@@ -16,6 +16,5 @@ DIVISORS: dict[str, Callable[[Tensor], int]] = {
     "cell": lambda pred: pred.shape[1],
     "none": lambda pred: 1,
 }
-REDUCTIONS = tuple(DIVISORS)
 # Those with more than one number as a result, by what the operators call them; the others are 0.
 OUTPUTS = {"cell": 1, "none": 2}

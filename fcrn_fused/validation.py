@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reductions import REDUCTIONS
+from .reductions import DIVISORS
 
 BACKENDS = ("auto", "fused", "reference")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -155,9 +155,10 @@ def check_ignore_value(ignore_value: float | None) -> float | None:
 
 
 def check_reduction(reduction: str) -> str:
-    """Raises ValueError for anything but the names in `REDUCTIONS`."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    """Raises ValueError for anything but the names in `DIVISORS`."""
+    names = tuple(DIVISORS)
+    if reduction not in names:
+        raise ValueError(f"reduction must be one of {', '.join(names)}, got {reduction!r}")
     return reduction
 
 

@@ -50,14 +50,16 @@ def test_no_cast_kernel_is_run(
             dtype=dtype, target_dtype=target_dtype, device=fused.device, requires_grad=requires_grad
         )
         loss_scale = torch.tensor(65536.0, device=fused.device)
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, record_shapes=True) as profiler:
             with torch.autocast(fused.device, dtype=dtype):
                 loss = module(pred, target)
             if requires_grad:
                 torch.autograd.grad(loss, pred, loss_scale)
-        names = {event.key for event in profiler.key_averages()}
-        assert any("fcrn_fused" in name for name in names), names
-        assert not names.intersection(CASTS), names.intersection(CASTS)
+        events = profiler.key_averages(group_by_input_shape=True)
+        assert any("fcrn_fused" in event.key for event in events), events
+        # a weight, of no dimension, may be copied
+        casts = [event for event in events if event.key in CASTS and event.input_shapes[:1] != [[]]]
+        assert not casts, casts
 
 
 def test_the_profiler_does_see_casts(device: str) -> None:

@@ -87,7 +87,7 @@ done
 """
 UNSUPPORTED_GCC = """*probe.cu*) echo "In file included from cuda_runtime.h:82:
 host_config.h:143:2: error: #error -- unsupported GNU version! gcc later than 13" >&2; exit 1 ;;"""
-FAILS_LATER = """*launch.cu*) echo "nvcc error: 'ptxas' died" >&2; exit 1 ;;"""
+FAILS_LATER = """*loss_cuda.cu*) echo "nvcc error: 'ptxas' died" >&2; exit 1 ;;"""
 
 
 class Outcome(NamedTuple):
@@ -259,7 +259,7 @@ def test_a_cuda_build_of_pytorch_has_both(outcomes: Outcomes, name: str) -> None
     assert modules == {"_C", "_cuda"}
     assert info["cpu_problem"] is info["cuda_problem"] is None
     assert info["architectures"] == "sm_75 sm_80 compute_90 sm_90 sm_100 compute_120 sm_120"
-    (nvcc,) = [line for line in commands.splitlines() if "launch.cu" in line]
+    (nvcc,) = [line for line in commands.splitlines() if "loss_cuda.cu" in line]
     assert "-ccbin=" in nvcc
     assert "ccache" not in nvcc.partition("-ccbin=")[2].split()[0]
     for mark in ("arch=compute_75,code=sm_75", "arch=compute_120,code=compute_120"):

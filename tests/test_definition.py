@@ -13,6 +13,7 @@ from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
 
 import fcrn_fused
+from fcrn_fused.reductions import DIVISORS
 
 # One image of three cells: positive, negative, ignored. Every number below is exact in each dtype.
 PRED = [[1.0, 5.0, 7.0], [2.0, 5.0, 7.0], [0.5, 0.25, 9.0]]
@@ -337,3 +338,20 @@ def test_a_loss_of_confidence_alone(impl: Implementation) -> None:
     for coord_weight in (1.0, [], (), torch.empty(0, device=impl.device), 3.0):
         loss = impl.loss(pred, target, negative_weight=0.1, coord_weight=coord_weight)
         assert_loss(loss, truth.loss, torch.float32)
+
+
+def test_a_new_scalar_reduction_is_one_line(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry in DIVISORS is all: checks, loss, gradients and second derivatives follow it."""
+    monkeypatch.setitem(DIVISORS, "cellsum", lambda pred: pred.numel() // pred.shape[1])
+    for dtype in DTYPES:
+        pred, target = make_batch((2, 3, 4, 5), dtype=dtype, device=impl.device)
+        target.requires_grad_()
+        grads = []
+        for reduction, divisor in (("cellsum", 1), ("sum", 40)):
+            loss = impl.loss(pred, target, reduction=reduction, negative_weight=0.3) / divisor
+            first = torch.autograd.grad(3 * loss, (pred, target), retain_graph=True)
+            (grad,) = torch.autograd.grad(3 * loss, pred, create_graph=True)
+            grads.append([loss, *first, *torch.autograd.grad(grad.sum(), pred)])
+        torch.testing.assert_close(*grads)

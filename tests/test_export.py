@@ -15,6 +15,8 @@ from implementations import Implementation
 from tolerances import assert_loss
 
 import fcrn_fused
+from fcrn_fused import ops
+from fcrn_fused.validation import Rule
 
 
 class Validation(torch.nn.Module):
@@ -87,26 +89,13 @@ def test_an_aot_inductor_package(fused: Implementation, tmp_path: Path) -> None:
             torch.testing.assert_close(loaded(*arguments), model(*arguments))
 
 
-def op_arguments(
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    reduction: str,
-    *,
-    tensors: bool = False,
-    ignore_value: float | None = -1.0,
-) -> tuple[Any, ...]:
-    """The arguments that the three operators share, as the package passes them."""
+def rule_of(pred: torch.Tensor, reduction: str, *, tensors: bool = False) -> Rule:
     maps = pred.shape[1]
-    weights: tuple[Any, ...] = (None, None, 0.3, 1.3, [0.5] * (maps - 1))
     if tensors:
-        weights = (
-            torch.tensor(0.3, device=pred.device),
-            torch.full((maps - 1,), 0.5, device=pred.device),
-            0.0,
-            1.3,
-            [],
-        )
-    return (pred, target, *weights, ignore_value, REDUCTIONS.index(reduction))
+        negative_weight = torch.tensor(0.3, device=pred.device)
+        coord_weight = torch.full((maps - 1,), 0.5, device=pred.device)
+        return Rule(negative_weight, 1.3, coord_weight, -1.0, reduction)
+    return Rule(0.3, 1.3, [0.5] * (maps - 1), -1.0, reduction)
 
 
 LAYOUTS = {
@@ -118,53 +107,65 @@ CASES = [
     *itertools.product(REDUCTIONS, [torch.float32], ["contiguous"], [False, True]),
     *itertools.product(["mean", "none"], DTYPES, LAYOUTS, [False]),
 ]
+UTILS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
+def opcheck(operator: Any, arguments: tuple[Any, ...], utils: tuple[str, ...] = UTILS) -> None:
+    result = torch.library.opcheck(operator, arguments, test_utils=utils)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(("reduction", "dtype", "layout", "tensors"), CASES, ids=str)
 def test_opcheck(
-    fused: Implementation, reduction: str, dtype: torch.dtype, layout: str, tensors: bool
+    fused: Implementation,
+    reduction: str,
+    dtype: torch.dtype,
+    layout: str,
+    tensors: bool,
+    requires_grad: bool,
 ) -> None:
     pred, target = make_batch(
         (2, 3, 4, 6), dtype=dtype, device=fused.device, ignored=0.2, requires_grad=False
     )
-    pred = LAYOUTS[layout](pred)
-    shared = op_arguments(pred, target, reduction, tensors=tensors)
-    ops = torch.ops.fcrn_fused
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for want_grad, want_stats in itertools.product((False, True), repeat=2):
-        if want_grad and reduction in ("cell", "none"):
-            continue
-        result = torch.library.opcheck(
-            ops.forward.default, (*shared, want_grad, want_stats), test_utils=tests
-        )
-        assert set(result.values()) == {"SUCCESS"}
-    loss, *parts = ops.forward(*shared, False, True)
-    num_positive = parts[-1] if reduction == "positive" else None
-    grad_output = torch.randn_like(loss)
+    pred = LAYOUTS[layout](pred).requires_grad_(requires_grad)
+    arguments = ops.op_arguments(pred, rule_of(pred, reduction, tensors=tensors))
+    opcheck(torch.ops.fcrn_fused.forward.default, (pred, target, *arguments))
+    results = torch.ops.fcrn_fused.forward.default(pred, target, *arguments)
+    grad_output = torch.randn_like(results[0], requires_grad=requires_grad)
     for wrt_target in (False, True):
-        result = torch.library.opcheck(
-            ops.backward.default,
-            (grad_output, *shared, num_positive, wrt_target),
-            test_utils=tests,
+        opcheck(
+            torch.ops.fcrn_fused.backward.default,
+            (grad_output, pred, target, *arguments, results[4], wrt_target),
         )
-        assert set(result.values()) == {"SUCCESS"}
-    if reduction not in ("cell", "none") and dtype != torch.float16:
-        grad = ops.forward(*shared, True, False)[-1]
-        result = torch.library.opcheck(
-            ops.rescale_.default, (grad, grad_output, *shared, num_positive), test_utils=tests
-        )
-        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("reduction", "dtype", "layout", "tensors"), CASES, ids=str)
+def test_opcheck_of_the_pass(
+    fused: Implementation, reduction: str, dtype: torch.dtype, layout: str, tensors: bool
+) -> None:
+    """The operator in C++, which writes into what it is given: as forward and as backward."""
+    pred, target = make_batch(
+        (2, 3, 4, 6), dtype=dtype, device=fused.device, ignored=0.2, requires_grad=False
+    )
+    pred = LAYOUTS[layout](pred)
+    arguments = ops.op_arguments(pred, rule_of(pred, reduction, tensors=tensors))
+    results = ops.run_forward(pred, target, arguments, want_stats=True)
+    workspace = ops._workspace(pred) if pred.is_cuda else None
+    first = (None, None, False, False, *results, None, workspace)
+    grad_output = torch.randn_like(results[0])
+    second = (grad_output, results[4], False, False, *[None] * 5, torch.empty_like(pred), None)
+    for given in (first, second):
+        opcheck(torch.ops.fcrn_fused.loss_pass.default, (pred, target, *arguments, *given))
 
 
 def test_opcheck_of_dynamic_tracing(fused: Implementation) -> None:
     """AOTAutograd with symbolic sizes over the operators."""
-    pred, target = make_batch((2, 3, 4, 6), device=fused.device, requires_grad=False)
-    shared = op_arguments(pred, target, "mean")
-    for arguments in ((*shared, False, True), (*shared, True, False)):
-        result = torch.library.opcheck(
-            torch.ops.fcrn_fused.forward.default, arguments, test_utils="test_aot_dispatch_dynamic"
-        )
-        assert set(result.values()) == {"SUCCESS"}
+    pred, target = make_batch((2, 3, 4, 6), device=fused.device)
+    for reduction in ("mean", "positive"):
+        arguments = ops.op_arguments(pred, rule_of(pred, reduction))
+        utils = ("test_aot_dispatch_dynamic",)
+        opcheck(torch.ops.fcrn_fused.forward.default, (pred, target, *arguments), utils)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -186,6 +186,33 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_two_forwards_and_one_backward_under_ddp(fused: Implementation, reduction: str) -> None:
+    """The second forward broadcasts the buffers, in place: the first one's weight is a copy."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = torch.nn.Conv2d(3, 7, 1)
+            self.loss = fused.module(
+                reduction=reduction, negative_weight=0.5, coord_weight=torch.full((6,), 2.0)
+            )
+
+        def forward(self, picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return self.loss(self.network(picture), target).sum()
+
+    picture, target = torch.randn(2, 3, 4, 4), make_batch((2, 7, 4, 4))[1]
+    model = Model()
+    (3 * (model(picture, target) + model(2 * picture, target))).backward()
+    want = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    (3 * (parallel(picture, target) + parallel(2 * picture, target))).backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], want)
+
+
+@pytest.mark.usefixtures("_process_group")
 @pytest.mark.parametrize("backend", ["auto", "fused", "reference"])
 def test_a_dtensor_is_refused_by_name(backend: str) -> None:
     """Its shards need a decision about the divisor that only the caller can take."""

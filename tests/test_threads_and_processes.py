@@ -207,6 +207,24 @@ def main(rank, world, store):
     model = DistributedDataParallel(Model().to(device))
     model(picture[share], target[share]).backward()
     assert model.module.loss.negative_weight.item() == 0.5
+    model.zero_grad()
+
+    # two forwards and one backward, with a weight that changes on rank 0 and is broadcast between
+    first = model(picture[share], target[share])
+    if rank == 0:
+        model.module.loss.negative_weight.fill_(1.0)
+    second = model(2 * picture[share], target[share])
+    assert model.module.loss.negative_weight.item() == 1.0
+    (3 * (first + second)).backward()
+    alone = model.module.network
+    total = sum(
+        fcrn_fused.reference.fcrn_loss(alone(scale * picture), target, negative_weight=weight)
+        for scale, weight in ((1, 0.5), (2, 1.0))
+    )
+    for parameter, want in zip(
+        alone.parameters(), torch.autograd.grad(3 * total, list(alone.parameters()))
+    ):
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-6)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     dist.barrier()
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ def test_the_readme_has_its_blocks_of_figures():
 
 def test_times_of_the_cpu_are_not_published():
     blocks = report.make_blocks()
-    for name in ("cpu-speed", "cpu-train-step", "cpu-breakdown"):
+    for name in ("cpu-speed", "cpu-train-step"):
         assert not re.search(r"\d ?(?:ms|us|µs|ns)\b", blocks[name]), name
 
 
