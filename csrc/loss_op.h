@@ -89,7 +89,8 @@ class GridBuilder {
   // The last map of a tensor that was added.
   void add_last_map(TensorView& view, const TensorView& of) {
     view.dtype = of.dtype;
-    view.data = static_cast<char*>(of.data) + (sizes_[1] - 1) * of.map_stride * size_of(of.dtype);
+    const int64_t offset = (sizes_[1] - 1) * of.map_stride * size_of(of.dtype);
+    if (of.data) view.data = static_cast<char*>(of.data) + offset;  // an empty tensor has none
     for (int v = 0; v < num_views_; ++v) {
       if (views_[v] == &of) strides_[num_views_] = strides_[v];
     }

@@ -18,7 +18,7 @@ class FCRNLossFunction(torch.autograd.Function):
 
     `apply(pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction)`
     returns `(loss, coord, positive_conf, negative_conf, num_positive)`, positional arguments only;
-    the loss alone is differentiable. `coord_weight` is a number, a sequence of C - 1 numbers or a
+    the loss alone is differentiable. `coord_weight` is a number, a tuple of C - 1 numbers or a
     tensor; the rest is as in `fcrn_loss`.
 
     In eager mode the forward pass writes the gradient for a grad_output of 1 as well, and the first
@@ -35,7 +35,7 @@ class FCRNLossFunction(torch.autograd.Function):
         target: Tensor,
         negative_weight: float | Tensor,
         positive_weight: float,
-        coord_weight: float | Sequence[float] | Tensor,
+        coord_weight: float | tuple[float, ...] | Tensor,
         ignore_value: float | None,
         reduction: str,
         want_stats: bool = True,

@@ -249,7 +249,7 @@ class Loops {
       store_rows(image, map, begin, count, rows);
     }
     if (per_cell_error_) {
-      for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= pass_.grid.maps;
+      for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= static_cast<Acc>(pass_.divisor);
       store_row(place<Acc>(pass_.errors, image, 0, begin), rows.cell_errors, count * sizeof(Acc),
                 stream_);
     }
@@ -475,7 +475,7 @@ class Loops {
       }
       if (grad) grad[last_map * pass_.grad.map_stride] = grads[i];
       if (per_element_error_) error[last_map * pass_.errors.map_stride] = errors[i];
-      if (per_cell_error_) *error = static_cast<Acc>((pose_error + errors[i]) / maps);
+      if (per_cell_error_) *error = static_cast<Acc>((pose_error + errors[i]) / pass_.divisor);
     }
   }
 

@@ -1,13 +1,10 @@
 // The operator on CUDA devices: device, stream and launch. Importing the pybind11 module
-// `fcrn_fused._cuda` registers it; it is apart from `_C` because it needs libraries that a CPU build
-// of PyTorch, or one for another CUDA version, does not have.
+// `fcrn_fused._cuda` registers it; it is apart from `_C` because it needs libraries that a CPU
+// build of PyTorch, or one for another CUDA version, does not have.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
-
-#include <mutex>
-#include <vector>
 
 #include "../loss_op.h"
 #include "fcrn_loss_kernels.cuh"

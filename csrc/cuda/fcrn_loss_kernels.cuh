@@ -186,7 +186,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
   }
   if (kForward && pass.errors && pass.output == Output::cell) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.grid.maps);
+    for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.divisor);
     store(at<Acc>(pass.errors, image, 0, cell), cell_error);
   }
 }
@@ -292,7 +292,8 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
     sums.num_positive += kind.positive;
   }
   if (kForward && pass.errors && pass.output == Output::cell) {
-    store_element(pass.errors, errors_cell, 0, (pose_error + error) / pass.grid.maps);
+    store_element(pass.errors, errors_cell, 0,
+                  (pose_error + error) / static_cast<Acc>(pass.divisor));
   }
 }
 
