@@ -74,7 +74,7 @@ def wheel(session: nox.Session) -> None:
 @nox.parametrize("torch", TORCH_VERSIONS)
 def compat(session: nox.Session, torch: str) -> None:
     """Run the tests in a copy of the repository in which the package is what the wheel holds."""
-    _install(session, f"torch=={torch}", *TEST_REQUIREMENTS)
+    _install(session, f"torch=={torch}", *TEST_REQUIREMENTS, "keras")
     for requirements in ("examples/text_detection", "benchmarks"):
         _install(session, "-r", f"{requirements}/requirements.txt")
     _check_torch(session, torch)
