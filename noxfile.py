@@ -4,6 +4,7 @@
     nox -s "compat(torch='2.13.0')"      # one; a CUDA build of PyTorch takes some GB
     nox -s compilers                     # every compiler that is here
     nox -s installs                      # every way to install, and what a user is told
+    nox -s arm64                         # built for arm64 and tested there, under emulation
     nox -s sanitize                      # CPU kernels with AddressSanitizer and UBSan
     nox -s compat -- -k definition       # arguments for pytest
 
@@ -158,6 +159,13 @@ def installs(session: nox.Session) -> None:
     expect("cpu: fused", *config)
     session.chdir("/")
     expect("cpu: fused", *config)
+
+
+@nox.session(venv_backend="none")
+def arm64(session: nox.Session) -> None:
+    """Build for arm64 and run tests with an arm64 PyTorch, both emulated; Debian on x86-64."""
+    folder = Path(session.create_tmp()) / "arm64"
+    session.run("python3", "tests/arm64/emulate.py", str(folder), *session.posargs)
 
 
 @nox.session
