@@ -104,7 +104,7 @@ def install(site: Path, version: str) -> None:
     run(
         *pip,
         *["filelock", "fsspec", "jinja2", "networkx", "sympy", "typing_extensions"],
-        *["setuptools>=77", "pybind11>=2.12", "numpy", "pytest>=8", "hypothesis>=6.100"],
+        *["setuptools>=77", "pybind11>=2.13", "numpy", "pytest>=8", "hypothesis>=6.100"],
     )
 
 
