@@ -115,7 +115,7 @@ def installs(session: nox.Session) -> None:
     """The ways to install, in the README's words and others; and what a user is told."""
     torch = f"torch=={TORCH_VERSIONS[1]}"
     _install(session, torch, "numpy", "ninja", "pybind11", "setuptools>=77", "wheel")
-    clone = Path(session.create_tmp()) / "clone"
+    clone = Path(session.create_tmp()).absolute() / "clone"
     _copy_tracked_files(clone)
     session.chdir(clone)
     pip = ("python", "-m", "pip", "--disable-pip-version-check")
