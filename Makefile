@@ -34,6 +34,13 @@ FORMATTED := $(shell find csrc tests/arm64 tests/cuda_on_host -name '*.h' -o -na
 # What every machine compiles; nvcc has its own warnings.
 TIDIED := csrc/ops.cpp $(wildcard csrc/cpu/*.cpp)
 
+# Two processes run the tests, each a file at a time, where there is a pytest-xdist that can keep the
+# order of the files: the longest do not come last. ARGS="-n 0" is one process, for --pdb.
+HAS_XDIST = from importlib.metadata import version as v; \
+  assert tuple(map(int, v("pytest-xdist").split(".")[:2])) >= (3, 7)
+PARALLEL = $(shell $(PY) -c '$(HAS_XDIST)' 2> /dev/null && \
+  echo --numprocesses=2 --dist=loadfile --no-loadscope-reorder)
+
 .PHONY: train test bench gpu lint wheel docs soak clean
 .DELETE_ON_ERROR:
 
@@ -41,7 +48,7 @@ train: $(STAMPS)/built $(STAMPS)/extras
 	$(PY) -m examples.text_detection.train $(ARGS)
 
 test: $(STAMPS)/built $(STAMPS)/extras $(STAMPS)/test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(STAMPS)/built $(STAMPS)/extras
 	$(PY) benchmarks/loss_speed.py $(ARGS)
@@ -97,7 +104,7 @@ $(STAMPS)/extras: $(STAMPS)/torch $(EXTRA_REQUIREMENTS)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch pyproject.toml
-	$(INSTALL) pytest hypothesis keras nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(INSTALL) pytest pytest-xdist hypothesis keras nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@touch $@
 
 LINTERS := ruff mypy clang-format 'clang-tidy==22.*'

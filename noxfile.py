@@ -4,6 +4,7 @@
     nox -s "compat(torch='2.13.0')"      # one; a CUDA build of PyTorch takes some GB
     nox -s compilers                     # every compiler that is here
     nox -s installs                      # every way to install, and what a user is told
+    nox -s arm64                         # built for arm64 and tested there, under emulation
     nox -s sanitize                      # CPU kernels with AddressSanitizer and UBSan
     nox -s compat -- -k definition       # arguments for pytest
 
@@ -74,7 +75,7 @@ def wheel(session: nox.Session) -> None:
 @nox.parametrize("torch", TORCH_VERSIONS)
 def compat(session: nox.Session, torch: str) -> None:
     """Run the tests in a copy of the repository in which the package is what the wheel holds."""
-    _install(session, f"torch=={torch}", *TEST_REQUIREMENTS)
+    _install(session, f"torch=={torch}", *TEST_REQUIREMENTS, "keras")
     for requirements in ("examples/text_detection", "benchmarks"):
         _install(session, "-r", f"{requirements}/requirements.txt")
     _check_torch(session, torch)
@@ -114,7 +115,7 @@ def installs(session: nox.Session) -> None:
     """The ways to install, in the README's words and others; and what a user is told."""
     torch = f"torch=={TORCH_VERSIONS[1]}"
     _install(session, torch, "numpy", "ninja", "pybind11", "setuptools>=77", "wheel")
-    clone = Path(session.create_tmp()) / "clone"
+    clone = Path(session.create_tmp()).absolute() / "clone"
     _copy_tracked_files(clone)
     session.chdir(clone)
     pip = ("python", "-m", "pip", "--disable-pip-version-check")
@@ -158,6 +159,13 @@ def installs(session: nox.Session) -> None:
     expect("cpu: fused", *config)
     session.chdir("/")
     expect("cpu: fused", *config)
+
+
+@nox.session(venv_backend="none")
+def arm64(session: nox.Session) -> None:
+    """Build for arm64 and run tests with an arm64 PyTorch, both emulated; Debian on x86-64."""
+    folder = Path(session.create_tmp()) / "arm64"
+    session.run("python3", "tests/arm64/emulate.py", str(folder), *session.posargs)
 
 
 @nox.session

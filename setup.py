@@ -33,11 +33,11 @@ try:
     from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    MISSING_PACKAGE = None
-except ImportError as error:
+    import_problem = None
+except (ImportError, OSError) as error:  # OSError: a library of PyTorch's does not load
     from setuptools.command.build_ext import build_ext as BuildExtension
 
-    MISSING_PACKAGE = error.name
+    import_problem = f"{error}"
 
 MODE = os.environ.get("FCRN_FUSED_BUILD", "auto")
 # Machine code runs on later minor versions too: 8.0 on 8.6 and 8.9, 12.0 on 12.1.
@@ -83,8 +83,8 @@ def extensions() -> list[Extension]:
 def cpu_extension() -> Extension:
     if MODE == "none":
         raise BuildError("FCRN_FUSED_BUILD was none")
-    if MISSING_PACKAGE:
-        raise BuildError(f"there is no {MISSING_PACKAGE}")
+    if import_problem:
+        raise BuildError(import_problem)
     info["pytorch"] = str(torch.__version__)
     if [int(part) for part in info["pytorch"].split(".")[:2]] < [2, 11]:
         raise BuildError(
@@ -186,11 +186,11 @@ class BuildKernels(BuildExtension):
     """Compiles the extensions and records in the package what was built, and why not more."""
 
     def run(self) -> None:
-        if MISSING_PACKAGE and MODE != "none":
+        if import_problem and MODE != "none":
             sys.exit(
-                f"fcrn_fused cannot be built without {MISSING_PACKAGE}: run `pip install torch "
-                "ninja pybind11 'setuptools>=77'` and then this command with --no-build-isolation, "
-                "so that it is built against the PyTorch you have"
+                f"fcrn_fused cannot be built: {import_problem}. Run `pip install torch ninja "
+                "pybind11 'setuptools>=77'` and then this command with --no-build-isolation, so "
+                "that it is built against the PyTorch you have."
             )
         problem = info["cuda_problem"] if MODE == "cuda" else info["cpu_problem"]
         if problem and MODE in ("cpu", "cuda"):

@@ -35,6 +35,11 @@ settings.register_profile(
 settings.load_profile("stable")
 
 
+# Without a GPU the thousands of tests on one are left out, which the last lines of the run say.
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+HERE = tuple(each for each in IMPLEMENTATIONS if each.device in DEVICES)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require",
@@ -60,6 +65,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"{each}: {each.why_not() or 'under test'}" for each in IMPLEMENTATIONS]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left_out := [str(each) for each in IMPLEMENTATIONS if each.device not in DEVICES]:
+        terminalreporter.write_sep("=", "no CUDA device", yellow=True)
+        terminalreporter.write_line(f"the tests of {' and '.join(left_out)} were left out")
+
+
 def _or_skip(implementation: Implementation) -> Implementation:
     reason = implementation.why_not()
     if reason is not None:
@@ -67,23 +78,21 @@ def _or_skip(implementation: Implementation) -> Implementation:
     return implementation
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS, ids=str)
+@pytest.fixture(scope="module", params=HERE, ids=str)
 def impl(request: pytest.FixtureRequest) -> Implementation:
     """Each backend on each device; skipped, with the reason, where it cannot run."""
     return _or_skip(request.param)
 
 
-@pytest.fixture(scope="module", params=[each for each in IMPLEMENTATIONS if each.is_fused], ids=str)
+@pytest.fixture(scope="module", params=[each for each in HERE if each.is_fused], ids=str)
 def fused(request: pytest.FixtureRequest) -> Implementation:
     """The compiled kernels on each device, for promises that plain PyTorch does not make."""
     return _or_skip(request.param)
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Each device, for what is the same whoever computes."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     device: str = request.param
     return device
 

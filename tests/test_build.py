@@ -325,8 +325,8 @@ def test_without_cuda_kernels_auto_builds_the_others(
 
 REFUSED = {
     "unknown mode": "FCRN_FUSED_BUILD must be one of auto, cpu, cuda, none, got 'gpu'",
-    "no torch": "cannot be built without torch: run `pip install torch ninja",
-    "no pybind11": "cannot be built without pybind11: run `pip install torch ninja",
+    "no torch": "cannot be built: import of torch halted; None in sys.modules. Run `pip install",
+    "no pybind11": "cannot be built: import of pybind11 halted; None in sys.modules. Run `pip",
     "old torch, cpu": "FCRN_FUSED_BUILD=cpu, but the kernels need PyTorch 2.11",
     "no compiler, cpu": "FCRN_FUSED_BUILD=cpu, but there is no compiler '/nowhere/c++'",
     "no compiler, cuda": "FCRN_FUSED_BUILD=cuda, but there is no compiler '/nowhere/c++'",

@@ -166,8 +166,7 @@ def step(network, loss, picture, target):
     dist.all_reduce(num_positive)
     (value * dist.get_world_size() / num_positive.clamp(min=1)).backward()
 
-def main(rank, world, store):
-    device = sys.argv[2]
+def main(rank, world, store, device):
     if device == "cuda":
         torch.cuda.set_device(rank)
         device = f"cuda:{rank}"
@@ -231,8 +230,7 @@ def main(rank, world, store):
     print(f"rank {rank} agrees")
 
 if __name__ == "__main__":
-    import torch.multiprocessing as mp
-    mp.spawn(main, args=(2, sys.argv[1]), nprocs=2)
+    main(int(sys.argv[1]), 2, *sys.argv[2:])
 """
 
 
@@ -244,6 +242,23 @@ def test_ddp_of_two_processes_is_the_loss_of_the_whole_batch(device: str, tmp_pa
         pytest.skip(f"{torch.cuda.device_count()} CUDA device(s), two are needed")
     script = tmp_path / "ddp.py"
     script.write_text(DDP_SCRIPT)
-    output = run_script(script, str(tmp_path / "store"), device)
-    assert "rank 0 agrees" in output
-    assert "rank 1 agrees" in output
+    # started here, not by mp.spawn, which would import PyTorch a third time
+    command = (sys.executable, str(script))
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), device],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank, process in enumerate(processes):
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+            assert f"rank {rank} agrees" in output
+    finally:  # one waits for the other, which may have failed
+        for process in processes:
+            process.kill()
+            process.wait()
