@@ -41,11 +41,10 @@ class FCRNLossFunction(torch.autograd.Function):
         want_stats: bool = True,
     ) -> tuple[Tensor | None, ...]:
         # Copies: whoever fills a weight before backward does not change this gradient.
-        negative_tensor = coord_tensor = None
         if isinstance(negative_weight, Tensor):
-            negative_weight = negative_tensor = negative_weight.clone()
+            negative_weight = negative_weight.clone()
         if isinstance(coord_weight, Tensor):
-            coord_weight = coord_tensor = coord_weight.clone()
+            coord_weight = coord_weight.clone()
         rule = Rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
         arguments = ops.op_arguments(pred, rule)
         results: Sequence[Tensor | None]
@@ -57,14 +56,8 @@ class FCRNLossFunction(torch.autograd.Function):
                 grad = ctx.kept_grad = torch.empty_like(pred)
             results = ops.run_forward(pred, target, arguments, want_stats, grad)
         # A tensor kept on ctx itself is lost where autograd is compiled.
-        ctx.save_for_backward(pred, target, negative_tensor, coord_tensor, results[4])
-        ctx.numbers = Rule(
-            negative_weight if negative_tensor is None else 0.0,
-            positive_weight,
-            coord_weight if coord_tensor is None else 0.0,
-            ignore_value,
-            reduction,
-        )
+        ctx.save_for_backward(pred, target, *arguments[:2], results[4])
+        ctx.settings, ctx.reduction = arguments[2:], reduction
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(part for part in results[1:] if part is not None))
         return tuple(results)
@@ -72,26 +65,20 @@ class FCRNLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # raises where one was changed in place
-        pred, target, negative_tensor, coord_tensor, num_positive = ctx.saved_tensors
+        pred, target, negative, coord, num_positive = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None]
         rest = (None,) * 6
         if grad_output is None:  # the parts of the loss were used, the loss was not
             return *grads, *rest
-        negative, positive, coord, *rest_of_rule = ctx.numbers
-        rule = Rule(
-            negative if negative_tensor is None else negative_tensor,
-            positive,
-            coord if coord_tensor is None else coord_tensor,
-            *rest_of_rule,
-        )
+        arguments = (negative, coord, *ctx.settings)
         if torch.is_grad_enabled():  # create_graph=True: must be differentiable in its turn
+            rule = ops.rule_of(arguments, ctx.reduction)
             grad = reference.gradient(grad_output, pred, target, rule)
             if ctx.needs_input_grad[0]:
                 grads[0] = grad.to(pred.dtype)
             if ctx.needs_input_grad[1]:
                 grads[1] = -grad.to(target.dtype)
             return *grads, *rest
-        arguments = ops.op_arguments(pred, rule)
         is_traced = ops.is_traced() or _is_batched(grad_output)
         for i in (0, 1):
             if not ctx.needs_input_grad[i]:

@@ -42,19 +42,6 @@ def fcrn_loss(
     return_stats: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, FCRNLossStats]: ...
-@overload
-def fcrn_loss(
-    pred: Tensor,
-    target: Tensor,
-    *,
-    negative_weight: float | Tensor = 1.0,
-    positive_weight: float = 1.0,
-    coord_weight: float | Sequence[float] | Tensor = 1.0,
-    ignore_value: float | None = None,
-    reduction: str = "mean",
-    return_stats: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, FCRNLossStats]: ...
 def fcrn_loss(
     pred: Tensor,
     target: Tensor,

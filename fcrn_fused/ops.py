@@ -63,15 +63,29 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
     negative_tensor = coord_tensor = None
     if isinstance(negative, Tensor):
         negative_tensor, negative = negative, 0.0
-    if isinstance(coord, Tensor):
-        coord_tensor, coord = coord, (0.0,)
-    elif isinstance(coord, (float, int)):
+    if isinstance(coord, (float, int)):
         coord = (coord,)
-    elif len(coord) > _MOST_NUMBERS:
-        coord_tensor, coord = torch.tensor(coord, dtype=torch.float64), (0.0,)
+    elif isinstance(coord, Tensor) or len(coord) > _MOST_NUMBERS:
+        if not isinstance(coord, Tensor):
+            coord = torch.tensor(coord, dtype=torch.float64)
+        coord_tensor, coord = coord, (0.0,)
+        if coord_tensor.numel() > _MOST_NUMBERS:  # which kernels read on their device
+            coord_tensor = coord_tensor.to(pred.device)
     numbers = [negative, positive, *coord]
     divisor, output = DIVISORS[reduction](pred), OUTPUTS.get(reduction, 0)
     return negative_tensor, coord_tensor, numbers, ignore_value, divisor, output
+
+
+def rule_of(arguments: tuple[Any, ...], reduction: str) -> Rule:
+    """The other way round."""
+    negative_tensor, coord_tensor, (negative, positive, *coord), ignore_value, *_ = arguments
+    return Rule(
+        negative if negative_tensor is None else negative_tensor,
+        positive,
+        (coord[0] if len(coord) == 1 else tuple(coord)) if coord_tensor is None else coord_tensor,
+        ignore_value,
+        reduction,
+    )
 
 
 def run_forward(

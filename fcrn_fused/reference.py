@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,42 +15,6 @@ from .validation import Rule, check, make_rule
 _SUMMED_BY_ONE_THREAD = 32_768
 
 
-@overload
-def fcrn_loss(
-    pred: Tensor,
-    target: Tensor,
-    *,
-    negative_weight: float | Tensor = 1.0,
-    positive_weight: float = 1.0,
-    coord_weight: float | Sequence[float] | Tensor = 1.0,
-    ignore_value: float | None = None,
-    reduction: str = "mean",
-    return_stats: Literal[False] = False,
-) -> Tensor: ...
-@overload
-def fcrn_loss(
-    pred: Tensor,
-    target: Tensor,
-    *,
-    negative_weight: float | Tensor = 1.0,
-    positive_weight: float = 1.0,
-    coord_weight: float | Sequence[float] | Tensor = 1.0,
-    ignore_value: float | None = None,
-    reduction: str = "mean",
-    return_stats: Literal[True],
-) -> tuple[Tensor, FCRNLossStats]: ...
-@overload
-def fcrn_loss(
-    pred: Tensor,
-    target: Tensor,
-    *,
-    negative_weight: float | Tensor = 1.0,
-    positive_weight: float = 1.0,
-    coord_weight: float | Sequence[float] | Tensor = 1.0,
-    ignore_value: float | None = None,
-    reduction: str = "mean",
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, FCRNLossStats]: ...
 def fcrn_loss(
     pred: Tensor,
     target: Tensor,
