@@ -25,6 +25,8 @@ from torch import Tensor
 from fcrn_fused import reference
 from fcrn_fused.reductions import COUNT_POSITIVE, DIVISORS, OUTPUTS
 
+REDUCTIONS = tuple(DIVISORS)
+
 # The pairs that have vector kernels; the others go element by element.
 VECTOR_PAIRS = {
     (torch.float32, torch.float32),
