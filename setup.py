@@ -43,7 +43,7 @@ MODE = os.environ.get("FCRN_FUSED_BUILD", "auto")
 # Machine code runs on later minor versions too: 8.0 on 8.6 and 8.9, 12.0 on 12.1.
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
 # What uses PyTorch's stable ABI as of a version runs under that version and all later ones.
-OLDEST_TORCH = "2.11"
+OLDEST_TORCH = (2, 11)
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Without contraction, every instruction set computes the same bits.
 CXX_FLAGS = [*FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -86,12 +86,11 @@ def cpu_extension() -> Extension:
     if import_problem:
         raise BuildError(import_problem)
     info["pytorch"] = str(torch.__version__)
-    if [int(part) for part in info["pytorch"].split(".")[:2]] < [2, 11]:
-        raise BuildError(
-            f"the kernels need PyTorch {OLDEST_TORCH} or newer, this is {info['pytorch']}"
-        )
+    if tuple(int(part) for part in info["pytorch"].split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise BuildError(f"the kernels need PyTorch {oldest} or newer, this is {info['pytorch']}")
     if sys.platform != "linux":
-        raise BuildError(f"they are built on Linux only, this is {sys.platform}")
+        raise BuildError(f"the kernels are built on Linux only, this is {sys.platform}")
     python = f"-I{sysconfig.get_paths()['include']}"
     flags = [*shlex.split(os.environ.get("CFLAGS", "")), *CXX_FLAGS]
     probe([CXX, *flags, python], "probe.cpp", "#include <Python.h>\n#include <bit>\n")
