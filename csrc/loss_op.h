@@ -13,15 +13,18 @@
 
 #include "loss_pass.h"
 
-// One pass over pred and target, (B, C, *S). What is given of `loss` to `grad` is written: `loss`
-// in the shape that `output` says, coord to num_positive 0-dim, `grad` (B, C, *S).
-#define FCRN_LOSS_PASS_SCHEMA                                                                    \
-  "loss_pass(Tensor pred, Tensor target, Tensor? negative_weight, Tensor? coord_weight, "        \
-  "float[] numbers, float? ignore_value, int divisor, int output, Tensor? grad_output, Tensor? " \
-  "known_positive, "                                                                             \
-  "bool wrt_target, bool grad_is_for_one, Tensor(a!)? loss, Tensor(b!)? coord, "                 \
-  "Tensor(c!)? positive_conf, Tensor(d!)? negative_conf, Tensor(e!)? num_positive, "             \
-  "Tensor(f!)? grad, Tensor(g!)? workspace) -> ()"
+// A pass over pred and target, (B, C, *S), that writes into what it is given: `loss` in the shape
+// that `output` says, parts (3,), num_positive (), `grad` (B, C, *S).
+#define FCRN_RULE_SCHEMA                                                        \
+  "Tensor pred, Tensor target, Tensor? negative_weight, Tensor? coord_weight, " \
+  "float[] numbers, float? ignore_value, int divisor, int output, "
+#define FCRN_FORWARD_INTO_SCHEMA                                   \
+  "forward_into(" FCRN_RULE_SCHEMA                                 \
+  "Tensor(a!) loss, Tensor(b!)? parts, Tensor(c!)? num_positive, " \
+  "Tensor(d!)? grad, Tensor(e!)? workspace) -> ()"
+#define FCRN_BACKWARD_INTO_SCHEMA                       \
+  "backward_into(Tensor grad_output, " FCRN_RULE_SCHEMA \
+  "Tensor? num_positive, bool wrt_target, bool grad_is_for_one, Tensor(a!) grad) -> ()"
 
 namespace fcrn {
 
@@ -166,122 +169,150 @@ class GridBuilder {
   Strides strides_[kMaxViews];
 };
 
-// `numbers`: the weight of negative cells, that of positive ones, the ignored confidence (NaN:
-// none) and the weights of the pose maps. A tensor takes the place of a number; one on the CPU is
-// read now, so a captured CUDA graph keeps its value.
+// `numbers`: the weight of negative cells, that of positive ones, and the weights of the pose maps.
+// A tensor takes the place of a number.
 inline void describe_rule(LossPass& pass, const Tensor& pred, const OptionalTensor& negative_weight,
                           const OptionalTensor& coord_weight, const std::vector<double>& numbers,
                           std::optional<double> ignore_value) {
   const int64_t num_pose_maps = pass.grid.maps - 1;
   const auto count = static_cast<int64_t>(numbers.size()) - 2;
-  STD_TORCH_CHECK(
-      coord_weight || ((count == 1 || count == num_pose_maps) && count <= kInlineCoordWeights),
-      "numbers must hold 2 numbers and 1 or C - 1 weights of pose maps, at most ",
-      kInlineCoordWeights);
-  STD_TORCH_CHECK(count >= 0, "numbers must hold 2 numbers and more");
+  STD_TORCH_CHECK(count >= 1 && count <= kInlineCoordWeights &&
+                      (count == 1 || count == num_pose_maps || coord_weight),
+                  "numbers must hold 2 numbers and 1 or C - 1 weights of pose maps, at most ",
+                  kInlineCoordWeights);
   pass.negative_weight.number = numbers[0];
   pass.positive_weight = numbers[1];
   if (ignore_value) pass.ignore_value = rounded_to(pass.kinds.dtype, *ignore_value);
   if (negative_weight) {
-    const Tensor& tensor = *negative_weight;
-    STD_TORCH_CHECK(tensor.dim() == 0 && (tensor.is_cpu() || on_same_device(tensor, pred)),
-                    "negative_weight must be a 0-dim tensor on the device of pred or on the CPU");
-    Weight weight{tensor.const_data_ptr(), dtype_of(tensor, "negative_weight"), 0.0};
-    if (tensor.is_cpu()) weight = {nullptr, DType::float64, weight.value()};
-    pass.negative_weight = weight;
+    STD_TORCH_CHECK(negative_weight->dim() == 0 && on_same_device(*negative_weight, pred),
+                    "negative_weight must be a 0-dim tensor on the device of pred");
+    pass.negative_weight = {negative_weight->const_data_ptr(),
+                            dtype_of(*negative_weight, "negative_weight"), 0.0};
   }
   CoordWeights& coord = pass.coord_weights;
+  coord.count = count;
+  std::copy(numbers.begin() + 2, numbers.end(), coord.numbers);
   if (coord_weight) {
-    const Tensor& tensor = *coord_weight;
-    coord.count = tensor.dim() == 0 ? 1 : num_pose_maps;
-    STD_TORCH_CHECK(tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == coord.count),
-                    "coord_weight must be a tensor of shape () or (C - 1,)");
-    coord.data = tensor.const_data_ptr();
-    coord.dtype = dtype_of(tensor, "coord_weight");
-    coord.stride = tensor.dim() == 0 ? 0 : tensor.stride(0);
-    if (tensor.is_cpu() && coord.count <= kInlineCoordWeights) {
-      for (int64_t map = 0; map < coord.count; ++map) {
-        coord.numbers[map] = load_as<double>(coord.data, coord.dtype, map * coord.stride);
-      }
-      coord.data = nullptr;
-    }
-    STD_TORCH_CHECK(!coord.data || on_same_device(tensor, pred),
-                    "coord_weight must be on the device of pred, or hold at most ",
-                    kInlineCoordWeights, " numbers on the CPU");
-  } else {
-    coord.count = count;
-    std::copy(numbers.begin() + 2, numbers.end(), coord.numbers);
+    const int64_t dim = coord_weight->dim();
+    STD_TORCH_CHECK((dim == 0 || (dim == 1 && coord_weight->size(0) == num_pose_maps)) &&
+                        on_same_device(*coord_weight, pred),
+                    "coord_weight must be of shape () or (C - 1,), on the device of pred");
+    coord.count = dim == 0 ? 1 : num_pose_maps;
+    coord.data = coord_weight->const_data_ptr();
+    coord.dtype = dtype_of(*coord_weight, "coord_weight");
+    coord.stride = dim == 0 ? 0 : coord_weight->stride(0);
   }
 }
 
-// The memory of an output of one number, in the dtype of the sums; nullptr if it is not wanted.
-inline void* scalar_output(const OptionalTensor& tensor, const Tensor& pred, ScalarType dtype) {
+// The memory of `count` numbers, in this dtype; nullptr if they are not wanted.
+inline void* numbers_in(const OptionalTensor& tensor, int64_t count, const Tensor& pred,
+                        ScalarType dtype, const char* name) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(
-      tensor->numel() == 1 && tensor->scalar_type() == dtype && on_same_device(*tensor, pred),
-      "an output of one number must be 0-dim, in the dtype of the sums, on the device of pred");
+  STD_TORCH_CHECK(tensor->numel() == count && tensor->is_contiguous() &&
+                      tensor->scalar_type() == dtype && on_same_device(*tensor, pred),
+                  name, " must hold ", count,
+                  " numbers, on the device of pred; parts and a loss in ",
+                  "the dtype of the sums, num_positive in int64");
   return tensor->mutable_data_ptr();
 }
 
-// The operator, for a device with `run(pass, device index, workspace)`.
-template <typename Device>
-void loss_pass(const Tensor& pred, const Tensor& target, const OptionalTensor& negative_weight,
-               const OptionalTensor& coord_weight, const std::vector<double>& numbers,
-               std::optional<double> ignore_value, int64_t divisor, int64_t output,
-               const OptionalTensor& grad_output, const OptionalTensor& known_positive,
-               bool wrt_target, bool grad_is_for_one, const OptionalTensor& loss,
-               const OptionalTensor& coord, const OptionalTensor& positive_conf,
-               const OptionalTensor& negative_conf, const OptionalTensor& num_positive,
-               const OptionalTensor& grad, const OptionalTensor& workspace) {
-  STD_TORCH_CHECK(pred.dim() >= 2 && pred.size(1) >= 1,
-                  "pred must have the shape (B, C, *S) with C >= 1");
-  STD_TORCH_CHECK(output >= 0 && output <= static_cast<int64_t>(Output::element),
-                  "output must be 0, 1 or 2");
-  LossPass pass;
-  pass.output = static_cast<Output>(output);
-  pass.divisor = static_cast<double>(divisor);
-  pass.wrt_target = wrt_target;
-  pass.grad_is_for_one = grad_is_for_one;
+// The part of a pass that both directions have.
+class PassBuilder {
+ public:
+  PassBuilder(const Tensor& pred, const Tensor& target, int64_t divisor, int64_t output)
+      : grid_(checked(pred)), pred_(pred) {
+    STD_TORCH_CHECK(output >= 0 && output <= static_cast<int64_t>(Output::element),
+                    "output must be 0, 1 or 2");
+    pass.output = static_cast<Output>(output);
+    pass.divisor = static_cast<double>(divisor);
+    grid_.add(pass.pred, pred, "pred");
+    grid_.add(pass.target, target, "target");
+    grid_.add_last_map(pass.kinds, pass.target);
+    const bool wide = is_double(pass.pred.dtype, pass.target.dtype);
+    sum_dtype = wide ? ScalarType::Double : ScalarType::Float;
+  }
 
-  GridBuilder builder(pred);
-  builder.add(pass.pred, pred, "pred");
-  builder.add(pass.target, target, "target");
-  builder.add_last_map(pass.kinds, pass.target);
-  const bool wide = is_double(pass.pred.dtype, pass.target.dtype);
-  const ScalarType sum_dtype = wide ? ScalarType::Double : ScalarType::Float;
-  const auto add_result = [&](TensorView& view, const Tensor& tensor, const char* name) {
+  // E, or what a caller makes of it, as `output` says; not for Output::scalar.
+  void add_result(TensorView& view, const Tensor& tensor, const char* name) {
     STD_TORCH_CHECK(tensor.scalar_type() == sum_dtype, name, " must have the dtype of the loss");
-    pass.output == Output::cell ? builder.add_per_cell(view, tensor, name)
-                                : builder.add(view, tensor, name);
-  };
+    pass.output == Output::cell ? grid_.add_per_cell(view, tensor, name)
+                                : grid_.add(view, tensor, name);
+  }
+
+  void add_grad(const Tensor& grad) {
+    grid_.add(pass.grad, grad, "grad");
+    STD_TORCH_CHECK(grad.scalar_type() == pred_.scalar_type(), "grad must have the dtype of pred");
+  }
+
+  void build() { grid_.build(pass.grid); }
+
+  LossPass pass;
+  ScalarType sum_dtype;
+
+ private:
+  static const Tensor& checked(const Tensor& pred) {
+    STD_TORCH_CHECK(pred.dim() >= 2 && pred.size(1) >= 1,
+                    "pred must have the shape (B, C, *S) with C >= 1");
+    return pred;
+  }
+
+  GridBuilder grid_;
+  const Tensor& pred_;
+};
+
+// The operators, for a device with `run(pass, pred, workspace)`.
+template <typename Device>
+void forward_into(const Tensor& pred, const Tensor& target, const OptionalTensor& negative_weight,
+                  const OptionalTensor& coord_weight, const std::vector<double>& numbers,
+                  std::optional<double> ignore_value, int64_t divisor, int64_t output,
+                  const Tensor& loss, const OptionalTensor& parts,
+                  const OptionalTensor& num_positive, const OptionalTensor& grad,
+                  const OptionalTensor& workspace) {
+  PassBuilder builder(pred, target, divisor, output);
+  LossPass& pass = builder.pass;
   if (pass.output == Output::scalar) {
-    pass.loss = scalar_output(loss, pred, sum_dtype);
-  } else if (loss) {
-    add_result(pass.errors, *loss, "loss");
+    pass.loss = numbers_in(loss, 1, pred, builder.sum_dtype, "loss");
+  } else {
+    builder.add_result(pass.errors, loss, "loss");
   }
-  pass.coord = scalar_output(coord, pred, sum_dtype);
-  pass.positive_conf = scalar_output(positive_conf, pred, sum_dtype);
-  pass.negative_conf = scalar_output(negative_conf, pred, sum_dtype);
-  pass.num_positive = static_cast<int64_t*>(scalar_output(num_positive, pred, ScalarType::Long));
-  if (grad) {
-    builder.add(pass.grad, *grad, "grad");
-    STD_TORCH_CHECK(grad->scalar_type() == pred.scalar_type(), "grad must have the dtype of pred");
+  if (auto* part = static_cast<char*>(numbers_in(parts, 3, pred, builder.sum_dtype, "parts"))) {
+    const int64_t size = builder.sum_dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
+    pass.coord = part;
+    pass.positive_conf = part + size;
+    pass.negative_conf = part + 2 * size;
   }
-  if (grad_output) {
-    if (pass.output == Output::scalar) {
-      STD_TORCH_CHECK(grad_output->numel() == 1 && on_same_device(*grad_output, pred),
-                      "grad_output must be 0-dim, on the device of pred");
-      pass.grad_output.data = const_cast<void*>(grad_output->const_data_ptr());
-      pass.grad_output.dtype = dtype_of(*grad_output, "grad_output");
-    } else {
-      add_result(pass.grad_output, *grad_output, "grad_output");
-    }
-  }
-  pass.known_positive =
-      static_cast<const int64_t*>(scalar_output(known_positive, pred, ScalarType::Long));
-  builder.build(pass.grid);
+  pass.num_positive =
+      static_cast<int64_t*>(numbers_in(num_positive, 1, pred, ScalarType::Long, "num_positive"));
+  if (grad) builder.add_grad(*grad);
+  builder.build();
   describe_rule(pass, pred, negative_weight, coord_weight, numbers, ignore_value);
   Device::run(pass, pred, workspace);
+}
+
+template <typename Device>
+void backward_into(const Tensor& grad_output, const Tensor& pred, const Tensor& target,
+                   const OptionalTensor& negative_weight, const OptionalTensor& coord_weight,
+                   const std::vector<double>& numbers, std::optional<double> ignore_value,
+                   int64_t divisor, int64_t output, const OptionalTensor& num_positive,
+                   bool wrt_target, bool grad_is_for_one, const Tensor& grad) {
+  PassBuilder builder(pred, target, divisor, output);
+  LossPass& pass = builder.pass;
+  pass.wrt_target = wrt_target;
+  pass.grad_is_for_one = grad_is_for_one;
+  if (pass.output == Output::scalar) {
+    STD_TORCH_CHECK(grad_output.numel() == 1 && on_same_device(grad_output, pred),
+                    "grad_output must be 0-dim, on the device of pred");
+    pass.grad_output.data = const_cast<void*>(grad_output.const_data_ptr());
+    pass.grad_output.dtype = dtype_of(grad_output, "grad_output");
+  } else {
+    builder.add_result(pass.grad_output, grad_output, "grad_output");
+  }
+  pass.known_positive = static_cast<const int64_t*>(
+      numbers_in(num_positive, 1, pred, ScalarType::Long, "num_positive"));
+  builder.add_grad(grad);
+  builder.build();
+  describe_rule(pass, pred, negative_weight, coord_weight, numbers, ignore_value);
+  Device::run(pass, pred, std::nullopt);
 }
 
 }  // namespace fcrn

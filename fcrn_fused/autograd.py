@@ -40,27 +40,28 @@ class FCRNLossFunction(torch.autograd.Function):
         reduction: str,
         want_stats: bool = True,
     ) -> tuple[Tensor | None, ...]:
-        # Copies: whoever fills a weight before backward does not change this gradient.
-        if isinstance(negative_weight, Tensor):
-            negative_weight = negative_weight.clone()
-        if isinstance(coord_weight, Tensor):
-            coord_weight = coord_weight.clone()
         rule = Rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
         arguments = ops.op_arguments(pred, rule)
         results: Sequence[Tensor | None]
         if ops.is_traced():
             results = ops.forward(pred, target, arguments)
         else:
+            arguments = ops.without_cpu_weights(pred, arguments)
             grad = None
             if ctx.needs_input_grad[0] and reduction not in OUTPUTS and pred.dtype != torch.float16:
                 grad = ctx.kept_grad = torch.empty_like(pred)
             results = ops.run_forward(pred, target, arguments, want_stats, grad)
+        loss, parts, num_positive = results
+        # Copies: whoever fills a weight before backward does not change this gradient.
+        weights = [None if weight is None else weight.clone() for weight in arguments[:2]]
         # A tensor kept on ctx itself is lost where autograd is compiled.
-        ctx.save_for_backward(pred, target, *arguments[:2], results[4])
+        ctx.save_for_backward(pred, target, *weights, num_positive)
         ctx.settings, ctx.reduction = arguments[2:], reduction
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(part for part in results[1:] if part is not None))
-        return tuple(results)
+        by_kind = (None,) * 3 if parts is None else parts.unbind()
+        rest = (*by_kind, num_positive)
+        ctx.mark_non_differentiable(*(part for part in rest if part is not None))
+        return (loss, *rest)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

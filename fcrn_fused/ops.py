@@ -1,10 +1,10 @@
-"""The operators: the compiled one finds its kernels here, the others allocate and call it.
+"""The operators: those in C++ find their kernels here, those in Python allocate and call them.
 
-`fcrn_fused::loss_pass`, in C++, is one pass over the maps; it writes into the tensors it is given.
-`fcrn_fused::forward` and `fcrn_fused::backward` allocate the results and can be traced and
-differentiated: they are what compiled, exported and traced programs hold. In eager mode
-`autograd.FCRNLossFunction` calls `run_forward` and `run_backward`, which are the same without the
-way through PyTorch's dispatcher.
+`fcrn_fused::forward_into` and `fcrn_fused::backward_into`, in C++, are one pass over the maps each;
+they write into the tensors they are given. `fcrn_fused::forward` and `fcrn_fused::backward`
+allocate the results and can be traced and differentiated: they are what compiled, exported and
+traced programs hold. In eager mode `autograd.FCRNLossFunction` calls `run_forward` and
+`run_backward`, which are the same without the way through PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def why_not(device_type: str, index: int | None = None) -> str | None:
 
 # ---- one pass ------------------------------------------------------------------------------------
 
-# loss, coord, positive_conf, negative_conf, num_positive
-Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# The loss, its parts by kind (3,), the number of positive cells; None where they are not wanted.
+Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
@@ -67,13 +67,27 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
         coord = (coord,)
     elif isinstance(coord, Tensor) or len(coord) > _MOST_NUMBERS:
         if not isinstance(coord, Tensor):
-            coord = torch.tensor(coord, dtype=torch.float64)
+            coord = torch.tensor(coord, dtype=torch.float64, device=pred.device)
         coord_tensor, coord = coord, (0.0,)
-        if coord_tensor.numel() > _MOST_NUMBERS:  # which kernels read on their device
-            coord_tensor = coord_tensor.to(pred.device)
     numbers = [negative, positive, *coord]
     divisor, output = DIVISORS[reduction](pred), OUTPUTS.get(reduction, 0)
     return negative_tensor, coord_tensor, numbers, ignore_value, divisor, output
+
+
+def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments for the kernels, with weights on the CPU as numbers, which are read now.
+
+    So a CUDA graph keeps the value that it was captured with.
+    """
+    negative, coord, numbers, *rest = arguments
+    if negative is not None and negative.is_cpu:
+        negative, numbers = None, [negative.item(), *numbers[1:]]
+    if coord is not None and coord.is_cpu:
+        if coord.numel() > _MOST_NUMBERS:  # which kernels read on their device
+            coord = coord.to(pred.device)
+        else:
+            coord, numbers = None, [*numbers[:2], *coord.reshape(-1).tolist()]
+    return negative, coord, numbers, *rest
 
 
 def rule_of(arguments: tuple[Any, ...], reduction: str) -> Rule:
@@ -98,19 +112,16 @@ def run_forward(
     """The loss and, if wanted, its parts; into `grad`, if given, dloss/dpred at grad_output 1.
 
     Where `divisor` counts the positive cells, known only at the end of the pass, `grad` is still to
-    be divided by them: `run_backward` with `rescaled` does it.
+    be divided by them: `run_backward` with `rescaled` does it. `arguments` have been through
+    `without_cpu_weights`.
     """
     results = _empty_results(pred, target, arguments, want_stats)
-    _loss_pass(
-        *(pred, target, *arguments, None, None, False, False),
-        *(*results, grad, _workspace(pred) if pred.is_cuda else None),
-    )
-    return results
-
-
-def _loss_pass(*arguments: Any) -> None:
+    workspace = _workspace(pred) if pred.is_cuda else None
     with torch._C._AutoDispatchBelowAutograd():  # whose place is taken by those who call this
-        torch.ops.fcrn_fused.loss_pass.default(*arguments)
+        torch.ops.fcrn_fused.forward_into.default(
+            pred, target, *arguments, *results, grad, workspace
+        )
+    return results
 
 
 def _empty_results(
@@ -125,12 +136,12 @@ def _empty_results(
             loss = pred.new_empty((pred.shape[0], *pred.shape[2:]), dtype=dtype)
         case _:
             loss = torch.empty_like(pred, dtype=dtype)
-    coord = positive_conf = negative_conf = num_positive = None
+    parts = num_positive = None
     if want_stats:
-        coord, positive_conf, negative_conf = (pred.new_empty((), dtype=dtype) for _ in range(3))
+        parts = pred.new_empty((3,), dtype=dtype)
     if want_stats or divisor == COUNT_POSITIVE:
         num_positive = pred.new_empty((), dtype=torch.int64)
-    return loss, coord, positive_conf, negative_conf, num_positive
+    return loss, parts, num_positive
 
 
 def run_backward(
@@ -147,15 +158,14 @@ def run_backward(
 
     `rescaled`, if given, is the `grad` of `run_forward`. It is put right in place: the device looks
     at grad_output, does nothing where it is 1, and else computes anew what can differ from zero,
-    so the result is the same to the bit.
+    so the result is the same to the bit. `arguments` have been through `without_cpu_weights`.
     """
     if wrt_target and pred.dtype != target.dtype:
         return _backward_of_mixed_dtypes(grad_output, pred, target, arguments, num_positive)
     grad = torch.empty_like(target if wrt_target else pred) if rescaled is None else rescaled
-    _loss_pass(
-        *(pred, target, *arguments, grad_output, num_positive, wrt_target, rescaled is not None),
-        *(None, None, None, None, None, grad, None),
-    )
+    settings = (*arguments, num_positive, wrt_target, rescaled is not None)
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.fcrn_fused.backward_into.default(grad_output, pred, target, *settings, grad)
     return grad
 
 
@@ -212,7 +222,7 @@ def is_jit_tracing() -> bool:
 
 
 def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """`[loss, coord, positive_conf, negative_conf, num_positive]` by the traceable operator."""
+    """`[loss, parts, num_positive]` by the traceable operator."""
     *settings, divisor, output = arguments
     if isinstance(divisor, Tensor) and output == 0:
         # torch.jit.trace has sizes in tensors, which the operator would take for constants; that
@@ -239,19 +249,20 @@ def backward(
 
 
 def _forward_kernel(pred: Tensor, target: Tensor, *arguments: Any) -> Results:
-    return run_forward(pred, target, arguments, want_stats=True)
+    return run_forward(pred, target, without_cpu_weights(pred, arguments), want_stats=True)
 
 
 def _backward_kernel(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments: Any) -> Tensor:
     *rule, num_positive, wrt_target = arguments
-    grad_output = grad_output.contiguous()
-    return run_backward(grad_output, pred, target, tuple(rule), num_positive, wrt_target=wrt_target)
+    rule = without_cpu_weights(pred, tuple(rule))
+    return run_backward(
+        grad_output.contiguous(), pred, target, rule, num_positive, wrt_target=wrt_target
+    )
 
 
-def _fake_pass(
+def _check_devices(
     pred: Tensor, target: Tensor, negative: Tensor | None, coord: Tensor | None, *_: Any
 ) -> None:
-    """What the kernels check as well; a call with a tensor on "meta" comes here."""
     torch._check(target.device == pred.device, lambda: "target must be on the device of pred")
     for weight in (negative, coord):
         torch._check(
@@ -261,13 +272,12 @@ def _fake_pass(
 
 
 def _fake_forward(pred: Tensor, target: Tensor, *arguments: Any) -> Results:
-    # Not by way of loss_pass, which would make numbers of symbols.
-    _fake_pass(pred, target, *arguments)
+    _check_devices(pred, target, *arguments)
     return _empty_results(pred, target, arguments, want_stats=True)
 
 
 def _fake_backward(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments: Any) -> Tensor:
-    _fake_pass(pred, target, *arguments)
+    _check_devices(pred, target, *arguments)
     return torch.empty_like(target if arguments[-1] else pred)
 
 
@@ -275,7 +285,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     pred, target, negative, coord, *ctx.settings = inputs
     # Copies: whoever fills a weight before backward does not change this gradient.
     weights = [None if weight is None else weight.clone() for weight in (negative, coord)]
-    ctx.save_for_backward(pred, target, *weights, output[4])
+    ctx.save_for_backward(pred, target, *weights, output[2])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -293,15 +303,16 @@ def _differentiate_forward(
     return (*grads, *(None,) * len(arguments))
 
 
-def _refuse_to_be_constant(*arguments: Any) -> None:
-    """What loss_pass writes has no gradient; without this that would show nowhere."""
+def _refuse_to_be_constant(operator: Any, *arguments: Any) -> None:
+    """What is written into a given tensor has no gradient; without this that would show nowhere."""
     given = [argument for argument in arguments if isinstance(argument, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         raise RuntimeError(
-            "fcrn_fused::loss_pass cannot be differentiated; call fcrn_fused.fcrn_loss, or "
+            f"{operator} cannot be differentiated; call fcrn_fused.fcrn_loss, or "
             "torch.ops.fcrn_fused.forward, or this under torch.no_grad()"
         )
-    _loss_pass(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        operator(*arguments)
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
@@ -326,8 +337,7 @@ def _register() -> None:
         "Tensor? negative_weight, Tensor? coord_weight, float[] numbers, float? ignore_value, "
         "SymInt divisor, int output"
     )
-    tensors = ", ".join(["Tensor"] * 5)
-    _library.define(f"forward(Tensor pred, Tensor target, {rule}) -> ({tensors})")
+    _library.define(f"forward(Tensor pred, Tensor target, {rule}) -> (Tensor, Tensor, Tensor)")
     _library.define(
         f"backward(Tensor grad_output, Tensor pred, Tensor target, {rule}, Tensor? num_positive, "
         "bool wrt_target) -> Tensor"
@@ -335,10 +345,12 @@ def _register() -> None:
     for device in ("CPU", "CUDA"):
         _library.impl("forward", _forward_kernel, device)
         _library.impl("backward", _backward_kernel, device)
-    _library.impl("loss_pass", _refuse_to_be_constant, "Autograd")
+    for name in ("forward_into", "backward_into"):
+        operator = getattr(torch.ops.fcrn_fused, name).default
+        _library.impl(name, functools.partial(_refuse_to_be_constant, operator), "Autograd")
+        torch.library.register_fake(f"fcrn_fused::{name}", lambda *arguments: None)
     torch.library.register_fake("fcrn_fused::forward", _fake_forward)
     torch.library.register_fake("fcrn_fused::backward", _fake_backward)
-    torch.library.register_fake("fcrn_fused::loss_pass", _fake_pass)
     torch.library.register_autograd(
         "fcrn_fused::forward", _differentiate_forward, setup_context=_save_for_backward
     )

@@ -41,7 +41,7 @@ def test_cuda_kernels_that_were_built_are_loaded_without_a_gpu() -> None:
     if ops.BUILD_INFO.get("cuda") is None or not torch.backends.cuda.is_built():
         pytest.skip("no CUDA kernels, or no CUDA build of PyTorch")
     assert "fcrn_fused._cuda" in sys.modules
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("fcrn_fused::loss_pass", "CUDA")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fcrn_fused::forward_into", "CUDA")
 
 
 def test_it_agrees_with_what_runs() -> None:

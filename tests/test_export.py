@@ -136,15 +136,15 @@ def test_opcheck(
     for wrt_target in (False, True):
         opcheck(
             torch.ops.fcrn_fused.backward.default,
-            (grad_output, pred, target, *arguments, results[4], wrt_target),
+            (grad_output, pred, target, *arguments, results[2], wrt_target),
         )
 
 
 @pytest.mark.parametrize(("reduction", "dtype", "layout", "tensors"), CASES, ids=str)
-def test_opcheck_of_the_pass(
+def test_opcheck_of_the_operators_that_write(
     fused: Implementation, reduction: str, dtype: torch.dtype, layout: str, tensors: bool
 ) -> None:
-    """The operator in C++, which writes into what it is given: as forward and as backward."""
+    """Those in C++, which write into what they are given."""
     pred, target = make_batch(
         (2, 3, 4, 6), dtype=dtype, device=fused.device, ignored=0.2, requires_grad=False
     )
@@ -152,11 +152,14 @@ def test_opcheck_of_the_pass(
     arguments = ops.op_arguments(pred, rule_of(pred, reduction, tensors=tensors))
     results = ops.run_forward(pred, target, arguments, want_stats=True)
     workspace = ops._workspace(pred) if pred.is_cuda else None
-    first = (None, None, False, False, *results, None, workspace)
-    grad_output = torch.randn_like(results[0])
-    second = (grad_output, results[4], False, False, *[None] * 5, torch.empty_like(pred), None)
-    for given in (first, second):
-        opcheck(torch.ops.fcrn_fused.loss_pass.default, (pred, target, *arguments, *given))
+    grad = torch.empty_like(pred)
+    written = torch.ops.fcrn_fused
+    opcheck(written.forward_into.default, (pred, target, *arguments, *results, grad, workspace))
+    settings = (*arguments, results[2], False, False)
+    opcheck(
+        written.backward_into.default,
+        (torch.randn_like(results[0]), pred, target, *settings, grad),
+    )
 
 
 def test_opcheck_of_dynamic_tracing(fused: Implementation) -> None:

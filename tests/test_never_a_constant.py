@@ -213,13 +213,13 @@ def test_the_pass_itself_refuses_what_needs_a_gradient(fused: Implementation, wh
     grad_output = torch.ones((), device=fused.device)
     arguments = arguments_of(pred, "mean", fused.device)
     grad = torch.empty_like(pred)
-    given = (pred, target, *arguments, grad_output, None, False, False, *[None] * 5, grad, None)
-    torch.ops.fcrn_fused.loss_pass(*given)
+    given = (grad_output, pred, target, *arguments, None, False, False, grad)
+    torch.ops.fcrn_fused.backward_into(*given)
     {"pred": pred, "target": target, "grad_output": grad_output}[which].requires_grad_()
-    with pytest.raises(RuntimeError, match="loss_pass cannot be differentiated"):
-        torch.ops.fcrn_fused.loss_pass(*given)
+    with pytest.raises(RuntimeError, match="backward_into.* cannot be differentiated"):
+        torch.ops.fcrn_fused.backward_into(*given)
     with torch.no_grad():
-        torch.ops.fcrn_fused.loss_pass(*given)
+        torch.ops.fcrn_fused.backward_into(*given)
 
 
 # ---- second derivatives -------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// The operator on CUDA devices: device, stream and launch. Importing the pybind11 module
-// `fcrn_fused._cuda` registers it; it is apart from `_C` because it needs libraries that a CPU
+// The operators on CUDA devices: device, stream and launch. Importing the pybind11 module
+// `fcrn_fused._cuda` registers them; it is apart from `_C` because it needs libraries that a CPU
 // build of PyTorch, or one for another CUDA version, does not have.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -64,7 +64,8 @@ std::string problem(int device) {
 }  // namespace fcrn::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CUDA, library) {
-  library.impl("loss_pass", TORCH_BOX(&fcrn::loss_pass<fcrn::cuda::Cuda>));
+  library.impl("forward_into", TORCH_BOX(&fcrn::forward_into<fcrn::cuda::Cuda>));
+  library.impl("backward_into", TORCH_BOX(&fcrn::backward_into<fcrn::cuda::Cuda>));
 }
 
 PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
