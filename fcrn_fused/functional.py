@@ -111,18 +111,20 @@ def loss_by_rule(
     if backend == "reference" or not _use_fused(pred, target, backend):
         return reference.loss_by_rule(pred, target, rule, return_stats)
     needs_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
+    stats: list[Any]
     # A Function is a constant in a graph of torch.export, and torch.jit cannot save one.
     if needs_grad and not (torch.compiler.is_compiling() or ops.is_jit_tracing()):
         apply: Any = FCRNLossFunction.apply
         loss, *stats = apply(pred, target, *rule, return_stats)
-        return (loss, FCRNLossStats(*stats)) if return_stats else loss
-    arguments = ops.op_arguments(pred, rule)
-    if ops.is_traced():
-        loss, parts, num_positive = ops.forward(pred, target, arguments)
     else:
-        arguments = ops.without_cpu_weights(pred, arguments)
-        loss, parts, num_positive = ops.run_forward(pred, target, arguments, return_stats)
-    return (loss, FCRNLossStats(*parts.unbind(), num_positive)) if return_stats else loss
+        arguments = ops.op_arguments(pred, rule)
+        if ops.is_traced():
+            loss, parts, num_positive = ops.forward(pred, target, arguments)
+        else:
+            arguments = ops.without_cpu_weights(pred, arguments)
+            loss, parts, num_positive = ops.run_forward(pred, target, arguments, return_stats)
+        stats = [*parts.unbind(), num_positive] if parts is not None else []
+    return (loss, FCRNLossStats(*stats)) if return_stats else loss
 
 
 def _use_fused(pred: Tensor, target: Tensor, backend: str) -> bool:

@@ -79,14 +79,18 @@ def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, 
 
     So a CUDA graph keeps the value that it was captured with.
     """
+    negative: Tensor | None
+    coord: Tensor | None
     negative, coord, numbers, *rest = arguments
     if negative is not None and negative.is_cpu:
-        negative, numbers = None, [negative.item(), *numbers[1:]]
+        numbers = [negative.item(), *numbers[1:]]
+        negative = None
     if coord is not None and coord.is_cpu:
         if coord.numel() > _MOST_NUMBERS:  # which kernels read on their device
             coord = coord.to(pred.device)
         else:
-            coord, numbers = None, [*numbers[:2], *coord.reshape(-1).tolist()]
+            numbers = [*numbers[:2], *coord.reshape(-1).tolist()]
+            coord = None
     return negative, coord, numbers, *rest
 
 
@@ -221,15 +225,15 @@ def is_jit_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
-def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """`[loss, parts, num_positive]` by the traceable operator."""
+def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> Results:
+    """The loss, its parts and the number of positive cells by the traceable operator."""
     *settings, divisor, output = arguments
     if isinstance(divisor, Tensor) and output == 0:
         # torch.jit.trace has sizes in tensors, which the operator would take for constants; that
         # of the maps, by which "cell" divides, is one.
-        loss, *parts = forward(pred, target, (*settings, 1, output))
-        return [loss / divisor, *parts]
-    result: list[Tensor] = torch.ops.fcrn_fused.forward.default(pred, target, *arguments)
+        loss, parts, num_positive = forward(pred, target, (*settings, 1, output))
+        return loss / divisor, parts, num_positive
+    result: Results = torch.ops.fcrn_fused.forward.default(pred, target, *arguments)
     return result
 
 
@@ -254,9 +258,9 @@ def _forward_kernel(pred: Tensor, target: Tensor, *arguments: Any) -> Results:
 
 def _backward_kernel(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments: Any) -> Tensor:
     *rule, num_positive, wrt_target = arguments
-    rule = without_cpu_weights(pred, tuple(rule))
+    settings = without_cpu_weights(pred, tuple(rule))
     return run_backward(
-        grad_output.contiguous(), pred, target, rule, num_positive, wrt_target=wrt_target
+        grad_output.contiguous(), pred, target, settings, num_positive, wrt_target=wrt_target
     )
 
 
@@ -400,8 +404,12 @@ def _import_problem(device_type: str, name: str) -> str | None:
     return f"{_FOLDERS[0]} was not built; {_REBUILD}"
 
 
-@functools.cache
+_usable_cuda_devices: set[int] = set()  # a failure is not kept: it may be gone the next time
+
+
 def _cuda_device_problem(index: int | None) -> str | None:
+    if index in _usable_cuda_devices:
+        return None
     if not torch.cuda.is_available():
         return (
             "PyTorch sees no CUDA device (torch.cuda.is_available() is False); look for the GPU "
@@ -410,6 +418,7 @@ def _cuda_device_problem(index: int | None) -> str | None:
     index = torch.cuda.current_device() if index is None else index
     problem: str = importlib.import_module("fcrn_fused._cuda").problem(index)
     if not problem:
+        _usable_cuda_devices.add(index)
         return None
     return (
         f"cuda:{index}, {torch.cuda.get_device_name(index)}, cannot run the kernels ({problem}), "

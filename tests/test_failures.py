@@ -305,15 +305,15 @@ def test_a_gpu_that_cannot_run_the_kernels(monkeypatch: pytest.MonkeyPatch, prob
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla K80")
-    ops._cuda_device_problem.cache_clear()
-    try:
-        reason = ops.why_not("cuda") or ""
-        config = fcrn_fused.show_config()
-    finally:
-        ops._cuda_device_problem.cache_clear()
+    monkeypatch.setattr(ops, "_usable_cuda_devices", set())
+    reason = ops.why_not("cuda") or ""
+    config = fcrn_fused.show_config()
     for word in (problem, "Tesla K80", "13.0", "sm_80 sm_90", "driver", REMEDY):
         assert word in reason
     assert f"cuda: reference, because {reason}" in config
+
+    module.problem = lambda index: ""  # type: ignore[attr-defined]
+    assert ops.why_not("cuda") is None, "a failure that has passed is not kept"
 
 
 def test_no_gpu_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,11 +321,8 @@ def test_no_gpu_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(ops._problems, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    ops._cuda_device_problem.cache_clear()
-    try:
-        reason = ops.why_not("cuda") or ""
-    finally:
-        ops._cuda_device_problem.cache_clear()
+    monkeypatch.setattr(ops, "_usable_cuda_devices", set())
+    reason = ops.why_not("cuda") or ""
     assert "no CUDA device" in reason
     assert "nvidia-smi" in reason
 
