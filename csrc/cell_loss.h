@@ -2,10 +2,13 @@
 // the constants of a pass. Every loop on every device calls this and decides nothing itself.
 // fcrn_fused/reference.py says the same for people.
 //
-// A cell is ignored if its confidence is the one that the caller named for that, else positive if
-// its confidence is above 0, else negative. With w the weight of an element by its cell's kind,
+// A cell is ignored if its confidence is the one that the caller named for that, else positive if its
+// confidence is above 0, or if the caller says so, else negative. Without kinds every element is that
+// of a positive cell's pose. With w the weight of an element by its cell's kind, times the one that the
+// caller gave it,
 //   E = w * (pred - target)^2   and   dloss/dpred = 2 * w * dloss/dE * (pred - target).
-// Elements without a weight are masked by a choice, not by a product: 0 * NaN is NaN.
+// Elements without a weight, or with one of 0 from the caller, are masked by a choice, not by a
+// product: 0 * NaN is NaN.
 //
 // `Value` is a scalar or, in the CPU's loops, a vector of them; a comparison of vectors is a mask.
 #pragma once
@@ -39,11 +42,16 @@ struct Kind {
   Mask counted, positive;
 };
 
+template <typename Value, typename Mask>
+FCRN_HD Kind<Mask> kind_of(const PassConstants<Value>& constants, Value confidence,
+                           Mask is_positive) {
+  const Mask counted = confidence != constants.ignore_value;
+  return {counted, static_cast<Mask>(is_positive & counted)};
+}
+
 template <typename Value>
 FCRN_HD auto kind_of(const PassConstants<Value>& constants, Value confidence) {
-  using Mask = decltype(confidence != confidence);
-  const Mask counted = confidence != constants.ignore_value;
-  return Kind<Mask>{counted, static_cast<Mask>((confidence > Value{}) & counted)};
+  return kind_of(constants, confidence, confidence > Value{});
 }
 
 template <typename Value, typename Mask>
@@ -51,6 +59,14 @@ FCRN_HD ElementWeight<Value> confidence_weight(const PassConstants<Value>& const
                                                const Kind<Mask>& kind) {
   return {kind.positive ? constants.positive.weight : constants.negative.weight,
           kind.positive ? constants.positive.coefficient : constants.negative.coefficient};
+}
+
+// The weight that the caller gave an element.
+template <typename Value, typename Mask>
+FCRN_HD void apply_weight(Value given, ElementWeight<Value>& weight, Mask& counted) {
+  counted = static_cast<Mask>(counted & (given != Value{}));
+  weight.weight *= given;
+  weight.coefficient *= given;
 }
 
 template <typename Value>

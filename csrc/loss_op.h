@@ -7,17 +7,20 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <vector>
 
 #include "loss_pass.h"
 
-// A pass over pred and target, (B, C, *S), that writes into what it is given: `loss` in the shape
-// that `output` says, parts (3,), num_positive (), `grad` (B, C, *S).
+// A pass over pred and target that writes into what it is given: `loss` in the shape that `output`
+// says, parts (3,), num_positive (), `grad` in that of pred. With kinds the tensors are (B, C, *S),
+// without (no `numbers`) of any one shape; `weight` is expanded to it, `positive` to (B, *S).
 #define FCRN_RULE_SCHEMA                                                        \
   "Tensor pred, Tensor target, Tensor? negative_weight, Tensor? coord_weight, " \
-  "float[] numbers, float? ignore_value, int divisor, int output, "
+  "Tensor? weight, Tensor? positive, Tensor? weight_sum, float[] numbers, "     \
+  "float? ignore_value, int divisor, int output, "
 #define FCRN_FORWARD_INTO_SCHEMA                                   \
   "forward_into(" FCRN_RULE_SCHEMA                                 \
   "Tensor(a!) loss, Tensor(b!)? parts, Tensor(c!)? num_positive, " \
@@ -32,8 +35,23 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline DType dtype_of(const Tensor& tensor, const char* name) {
+// What the operators are given of the loss: pred, target and the rule.
+struct RuleArguments {
+  const Tensor &pred, &target;
+  const OptionalTensor &negative_weight, &coord_weight, &weight, &positive, &weight_sum;
+  const std::vector<double>& numbers;
+  std::optional<double> ignore_value;
+  int64_t divisor, output;
+};
+
+enum class Elements { floating, floating_or_bool };
+
+inline DType dtype_of(const Tensor& tensor, const char* name,
+                      Elements elements = Elements::floating) {
   switch (tensor.scalar_type()) {
+    case ScalarType::Bool:
+      if (elements == Elements::floating_or_bool) return DType::boolean;
+      break;
     case ScalarType::Double:
       return DType::float64;
     case ScalarType::Float:
@@ -43,8 +61,9 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16:
       return DType::bfloat16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
+      break;
   }
+  STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
 }
 
 inline bool on_same_device(const Tensor& a, const Tensor& b) {
@@ -65,28 +84,33 @@ inline double rounded_to(DType dtype, double value) {
 }
 
 // Lays the tensors of a pass over one grid: takes (B, C, *S) apart into images, maps and cells, and
-// merges dimensions that lie in memory as one in all of the tensors.
+// merges dimensions that lie in memory as one in all of the tensors. Without kinds no dimension is
+// that of the maps by its meaning: the one is along which the weight repeats itself, so that it is
+// read once for all maps, and the order of the others is that of pred's memory.
 class GridBuilder {
  public:
-  explicit GridBuilder(const Tensor& pred) : pred_(pred), sizes_(pred.sizes()) {}
+  GridBuilder(const Tensor& pred, bool has_kinds)
+      : pred_(pred), sizes_(pred.sizes()), has_kinds_(has_kinds) {}
 
-  // A tensor (B, C, *S).
-  void add(TensorView& view, const Tensor& tensor, const char* name) {
+  // A tensor of pred's shape.
+  void add(TensorView& view, const Tensor& tensor, const char* name,
+           Elements elements = Elements::floating) {
     const auto sizes = tensor.sizes();
     STD_TORCH_CHECK(
         sizes.size() == sizes_.size() && std::equal(sizes.begin(), sizes.end(), sizes_.begin()),
         name, " must have the shape of pred");
-    view.map_stride = tensor.strides()[1];
-    add_view(view, tensor, name, 0);
+    if (has_kinds_) view.map_stride = tensor.strides()[1];
+    add_view(view, tensor, name, 0, elements);
   }
 
   // A tensor (B, *S).
-  void add_per_cell(TensorView& view, const Tensor& tensor, const char* name) {
+  void add_per_cell(TensorView& view, const Tensor& tensor, const char* name,
+                    Elements elements = Elements::floating) {
     const auto sizes = tensor.sizes();
-    STD_TORCH_CHECK(sizes.size() + 1 == sizes_.size() && sizes[0] == sizes_[0] &&
+    STD_TORCH_CHECK(has_kinds_ && sizes.size() + 1 == sizes_.size() && sizes[0] == sizes_[0] &&
                         std::equal(sizes.begin() + 1, sizes.end(), sizes_.begin() + 2),
                     name, " must have the shape of pred without its maps");
-    add_view(view, tensor, name, 1);
+    add_view(view, tensor, name, 1, elements);
   }
 
   // The last map of a tensor that was added.
@@ -100,107 +124,142 @@ class GridBuilder {
     views_[num_views_++] = &view;
   }
 
-  void build(Grid& grid) const {
-    grid.maps = sizes_[1];
-    int64_t merged_sizes[kMaxSpatialDims + 1];
-    int64_t merged_strides[kMaxViews][kMaxSpatialDims + 1] = {};
-    int dims = 0;
-    for (size_t i = 0; i < sizes_.size(); ++i) {
-      if (i == 1 || sizes_[i] == 1) continue;
-      if (dims > 0 && continues(merged_strides, dims - 1, i)) {
-        merged_sizes[dims - 1] *= sizes_[i];
-        for (int v = 0; v < num_views_; ++v) merged_strides[v][dims - 1] = stride(v, i);
-        continue;
-      }
-      STD_TORCH_CHECK(dims <= kMaxSpatialDims, "pred and target may have at most ",
-                      kMaxSpatialDims + 1,
-                      " dimensions that cannot be merged with a neighbour; call contiguous()");
-      merged_sizes[dims] = sizes_[i];
-      for (int v = 0; v < num_views_; ++v) merged_strides[v][dims] = stride(v, i);
-      ++dims;
+  void build(Grid& grid, const TensorView& weight) const {
+    std::vector<Dim> dims = merged();
+    grid.maps = has_kinds_ ? sizes_[1] : 1;
+    for (size_t i = dims.size(); !has_kinds_ && i-- > 0;) {
+      // the innermost one stays: its elements are computed side by side
+      if (i + 1 == dims.size() || !repeats(dims[i], weight)) continue;
+      grid.maps = dims[i].size;
+      for (int v = 0; v < num_views_; ++v) views_[v]->map_stride = dims[i].strides[v];
+      dims.erase(dims.begin() + static_cast<ptrdiff_t>(i));
+      break;
     }
-    const int first = dims > 1 ? 1 : 0;  // the outermost dimension is the images, if not the only
-    grid.images = first ? merged_sizes[0] : 1;
-    grid.spatial_dims = std::max(dims - first, 1);
+    const size_t first = dims.size() > 1 ? 1 : 0;  // the outermost dimension is the images
+    STD_TORCH_CHECK(dims.size() <= first + kMaxSpatialDims, "pred and target may have at most ",
+                    kMaxSpatialDims + 1,
+                    " dimensions that cannot be merged with a neighbour; call contiguous()");
+    grid.images = first ? dims[0].size : 1;
+    grid.spatial_dims = std::max(static_cast<int>(dims.size() - first), 1);
     grid.cells = 1;
     grid.sizes[0] = 1;
-    for (int i = first; i < dims; ++i) {
-      grid.sizes[i - first] = merged_sizes[i];
-      grid.cells *= merged_sizes[i];
+    for (size_t i = first; i < dims.size(); ++i) {
+      grid.sizes[i - first] = dims[i].size;
+      grid.cells *= dims[i].size;
     }
     for (int v = 0; v < num_views_; ++v) {
-      if (first) views_[v]->image_stride = merged_strides[v][0];
-      for (int i = first; i < dims; ++i) views_[v]->cell_strides[i - first] = merged_strides[v][i];
+      if (first) views_[v]->image_stride = dims[0].strides[v];
+      for (size_t i = first; i < dims.size(); ++i) {
+        views_[v]->cell_strides[i - first] = dims[i].strides[v];
+      }
     }
   }
 
  private:
-  static constexpr int kMaxViews = 6;
+  static constexpr int kMaxViews = 8;
   struct Strides {
     const int64_t* data;
     int left_out;  // 1: there is no dimension of maps
   };
+  struct Dim {
+    int64_t size;
+    std::array<int64_t, kMaxViews> strides;
+  };
 
-  void add_view(TensorView& view, const Tensor& tensor, const char* name, int left_out) {
+  void add_view(TensorView& view, const Tensor& tensor, const char* name, int left_out,
+                Elements elements) {
     STD_TORCH_CHECK(on_same_device(tensor, pred_), name, " must be on the device of pred");
     view.data = const_cast<void*>(tensor.const_data_ptr());
-    view.dtype = dtype_of(tensor, name);
+    view.dtype = dtype_of(tensor, name, elements);
     views_[num_views_] = &view;
     strides_[num_views_++] = {tensor.strides().data(), left_out};
   }
 
-  int64_t stride(int view, size_t dim) const {
-    const Strides& strides = strides_[view];
-    return strides.data[dim > 0 ? dim - strides.left_out : dim];
+  // The dimensions but that of the maps, outermost first.
+  std::vector<Dim> merged() const {
+    std::vector<size_t> order;
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      if (sizes_[i] != 1 && !(has_kinds_ && i == 1)) order.push_back(i);
+    }
+    if (!has_kinds_) {
+      const int64_t* strides = strides_[0].data;  // pred's
+      std::stable_sort(order.begin(), order.end(),
+                       [strides](size_t a, size_t b) { return strides[a] > strides[b]; });
+    }
+    std::vector<Dim> dims;
+    for (const size_t i : order) {
+      Dim dim{sizes_[i], {}};
+      for (int v = 0; v < num_views_; ++v) {
+        dim.strides[v] = strides_[v].data[i > 0 ? i - strides_[v].left_out : i];
+      }
+      if (!dims.empty() && continues(dims.back(), dim)) {
+        dim.size *= dims.back().size;
+        dims.back() = dim;
+      } else {
+        dims.push_back(dim);
+      }
+    }
+    return dims;
   }
 
-  bool continues(const int64_t (&merged)[kMaxViews][kMaxSpatialDims + 1], int outer,
-                 size_t inner) const {
+  bool continues(const Dim& outer, const Dim& inner) const {
     for (int v = 0; v < num_views_; ++v) {
-      if (merged[v][outer] != stride(v, inner) * sizes_[inner]) return false;
+      if (outer.strides[v] != inner.strides[v] * inner.size) return false;
     }
     return true;
   }
 
+  bool repeats(const Dim& dim, const TensorView& view) const {
+    for (int v = 0; v < num_views_; ++v) {
+      if (views_[v] == &view) return dim.strides[v] == 0;
+    }
+    return false;
+  }
+
   const Tensor& pred_;
   torch::headeronly::IntHeaderOnlyArrayRef sizes_;
+  const bool has_kinds_;
   int num_views_ = 0;
   TensorView* views_[kMaxViews];
   Strides strides_[kMaxViews];
 };
 
+// A 0-dim tensor, which the kernels read.
+inline Number number_in(const Tensor& tensor, const Tensor& pred, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 0 && on_same_device(tensor, pred), name,
+                  " must be a 0-dim tensor on the device of pred");
+  return {tensor.const_data_ptr(), dtype_of(tensor, name), 0.0};
+}
+
 // `numbers`: the weight of negative cells, that of positive ones, and the weights of the pose maps.
 // A tensor takes the place of a number.
-inline void describe_rule(LossPass& pass, const Tensor& pred, const OptionalTensor& negative_weight,
-                          const OptionalTensor& coord_weight, const std::vector<double>& numbers,
-                          std::optional<double> ignore_value) {
+inline void describe_rule(LossPass& pass, const RuleArguments& given) {
+  if (!pass.has_kinds) return;  // every weight is 1
   const int64_t num_pose_maps = pass.grid.maps - 1;
-  const auto count = static_cast<int64_t>(numbers.size()) - 2;
-  STD_TORCH_CHECK(count >= 1 && count <= kInlineCoordWeights &&
-                      (count == 1 || count == num_pose_maps || coord_weight),
+  const auto count = static_cast<int64_t>(given.numbers.size()) - 2;
+  STD_TORCH_CHECK(count >= 0 && count <= kInlineCoordWeights &&
+                      (count == 1 || count == num_pose_maps || given.coord_weight),
                   "numbers must hold 2 numbers and 1 or C - 1 weights of pose maps, at most ",
                   kInlineCoordWeights);
-  pass.negative_weight.number = numbers[0];
-  pass.positive_weight = numbers[1];
-  if (ignore_value) pass.ignore_value = rounded_to(pass.kinds.dtype, *ignore_value);
-  if (negative_weight) {
-    STD_TORCH_CHECK(negative_weight->dim() == 0 && on_same_device(*negative_weight, pred),
-                    "negative_weight must be a 0-dim tensor on the device of pred");
-    pass.negative_weight = {negative_weight->const_data_ptr(),
-                            dtype_of(*negative_weight, "negative_weight"), 0.0};
+  pass.negative_weight.number = given.numbers[0];
+  pass.positive_weight = given.numbers[1];
+  if (given.ignore_value) pass.ignore_value = rounded_to(pass.kinds.dtype, *given.ignore_value);
+  if (given.negative_weight) {
+    pass.negative_weight = number_in(*given.negative_weight, given.pred, "negative_weight");
   }
   CoordWeights& coord = pass.coord_weights;
   coord.count = count;
-  std::copy(numbers.begin() + 2, numbers.end(), coord.numbers);
-  if (coord_weight) {
-    const int64_t dim = coord_weight->dim();
-    STD_TORCH_CHECK((dim == 0 || (dim == 1 && coord_weight->size(0) == num_pose_maps)) &&
-                        on_same_device(*coord_weight, pred),
+  std::copy(given.numbers.begin() + 2, given.numbers.end(), coord.numbers);
+  if (given.coord_weight) {
+    const Tensor& tensor = *given.coord_weight;
+    const int64_t dim = tensor.dim();
+    STD_TORCH_CHECK((dim == 0 || (dim == 1 && tensor.size(0) == num_pose_maps)) &&
+                        on_same_device(tensor, given.pred),
                     "coord_weight must be of shape () or (C - 1,), on the device of pred");
     coord.count = dim == 0 ? 1 : num_pose_maps;
-    coord.data = coord_weight->const_data_ptr();
-    coord.dtype = dtype_of(*coord_weight, "coord_weight");
-    coord.stride = dim == 0 ? 0 : coord_weight->stride(0);
+    coord.data = tensor.const_data_ptr();
+    coord.dtype = dtype_of(tensor, "coord_weight");
+    coord.stride = dim == 0 ? 0 : tensor.stride(0);
   }
 }
 
@@ -219,15 +278,23 @@ inline void* numbers_in(const OptionalTensor& tensor, int64_t count, const Tenso
 // The part of a pass that both directions have.
 class PassBuilder {
  public:
-  PassBuilder(const Tensor& pred, const Tensor& target, int64_t divisor, int64_t output)
-      : grid_(checked(pred)), pred_(pred) {
-    STD_TORCH_CHECK(output >= 0 && output <= static_cast<int64_t>(Output::element),
+  explicit PassBuilder(const RuleArguments& given)
+      : given_(given), grid_(given.pred, !given.numbers.empty()) {
+    pass.has_kinds = !given.numbers.empty();
+    STD_TORCH_CHECK(!pass.has_kinds || (given.pred.dim() >= 2 && given.pred.size(1) >= 1),
+                    "pred must have the shape (B, C, *S) with C >= 1");
+    STD_TORCH_CHECK(given.output >= 0 && given.output <= static_cast<int64_t>(Output::element),
                     "output must be 0, 1 or 2");
-    pass.output = static_cast<Output>(output);
-    pass.divisor = static_cast<double>(divisor);
-    grid_.add(pass.pred, pred, "pred");
-    grid_.add(pass.target, target, "target");
-    grid_.add_last_map(pass.kinds, pass.target);
+    pass.output = static_cast<Output>(given.output);
+    pass.divisor.number = static_cast<double>(given.divisor);
+    if (given.weight_sum) pass.divisor = number_in(*given.weight_sum, given.pred, "weight_sum");
+    grid_.add(pass.pred, given.pred, "pred");
+    grid_.add(pass.target, given.target, "target");
+    if (pass.has_kinds) grid_.add_last_map(pass.kinds, pass.target);
+    if (given.weight) grid_.add(pass.weight, *given.weight, "weight", Elements::floating_or_bool);
+    if (given.positive) {
+      grid_.add_per_cell(pass.positive, *given.positive, "positive", Elements::floating_or_bool);
+    }
     const bool wide = is_double(pass.pred.dtype, pass.target.dtype);
     sum_dtype = wide ? ScalarType::Double : ScalarType::Float;
   }
@@ -241,34 +308,35 @@ class PassBuilder {
 
   void add_grad(const Tensor& grad) {
     grid_.add(pass.grad, grad, "grad");
-    STD_TORCH_CHECK(grad.scalar_type() == pred_.scalar_type(), "grad must have the dtype of pred");
+    STD_TORCH_CHECK(grad.scalar_type() == given_.pred.scalar_type(),
+                    "grad must have the dtype of pred");
   }
 
-  void build() { grid_.build(pass.grid); }
+  const LossPass& build() {
+    grid_.build(pass.grid, pass.weight);
+    describe_rule(pass, given_);
+    return pass;
+  }
 
   LossPass pass;
   ScalarType sum_dtype;
 
  private:
-  static const Tensor& checked(const Tensor& pred) {
-    STD_TORCH_CHECK(pred.dim() >= 2 && pred.size(1) >= 1,
-                    "pred must have the shape (B, C, *S) with C >= 1");
-    return pred;
-  }
-
+  const RuleArguments given_;
   GridBuilder grid_;
-  const Tensor& pred_;
 };
 
 // The operators, for a device with `run(pass, pred, workspace)`.
 template <typename Device>
 void forward_into(const Tensor& pred, const Tensor& target, const OptionalTensor& negative_weight,
-                  const OptionalTensor& coord_weight, const std::vector<double>& numbers,
-                  std::optional<double> ignore_value, int64_t divisor, int64_t output,
-                  const Tensor& loss, const OptionalTensor& parts,
+                  const OptionalTensor& coord_weight, const OptionalTensor& weight,
+                  const OptionalTensor& positive, const OptionalTensor& weight_sum,
+                  const std::vector<double>& numbers, std::optional<double> ignore_value,
+                  int64_t divisor, int64_t output, const Tensor& loss, const OptionalTensor& parts,
                   const OptionalTensor& num_positive, const OptionalTensor& grad,
                   const OptionalTensor& workspace) {
-  PassBuilder builder(pred, target, divisor, output);
+  PassBuilder builder({pred, target, negative_weight, coord_weight, weight, positive, weight_sum,
+                       numbers, ignore_value, divisor, output});
   LossPass& pass = builder.pass;
   if (pass.output == Output::scalar) {
     pass.loss = numbers_in(loss, 1, pred, builder.sum_dtype, "loss");
@@ -281,21 +349,22 @@ void forward_into(const Tensor& pred, const Tensor& target, const OptionalTensor
     pass.positive_conf = part + size;
     pass.negative_conf = part + 2 * size;
   }
-  pass.num_positive =
-      static_cast<int64_t*>(numbers_in(num_positive, 1, pred, ScalarType::Long, "num_positive"));
+  pass.num_positive = static_cast<int64_t*>(
+      numbers_in(num_positive, 1, pred, ScalarType::Long, "num_positive"));
   if (grad) builder.add_grad(*grad);
-  builder.build();
-  describe_rule(pass, pred, negative_weight, coord_weight, numbers, ignore_value);
-  Device::run(pass, pred, workspace);
+  Device::run(builder.build(), pred, workspace);
 }
 
 template <typename Device>
 void backward_into(const Tensor& grad_output, const Tensor& pred, const Tensor& target,
                    const OptionalTensor& negative_weight, const OptionalTensor& coord_weight,
-                   const std::vector<double>& numbers, std::optional<double> ignore_value,
-                   int64_t divisor, int64_t output, const OptionalTensor& num_positive,
-                   bool wrt_target, bool grad_is_for_one, const Tensor& grad) {
-  PassBuilder builder(pred, target, divisor, output);
+                   const OptionalTensor& weight, const OptionalTensor& positive,
+                   const OptionalTensor& weight_sum, const std::vector<double>& numbers,
+                   std::optional<double> ignore_value, int64_t divisor, int64_t output,
+                   const OptionalTensor& num_positive, bool wrt_target, bool grad_is_for_one,
+                   const Tensor& grad) {
+  PassBuilder builder({pred, target, negative_weight, coord_weight, weight, positive, weight_sum,
+                       numbers, ignore_value, divisor, output});
   LossPass& pass = builder.pass;
   pass.wrt_target = wrt_target;
   pass.grad_is_for_one = grad_is_for_one;
@@ -310,9 +379,7 @@ void backward_into(const Tensor& grad_output, const Tensor& pred, const Tensor& 
   pass.known_positive = static_cast<const int64_t*>(
       numbers_in(num_positive, 1, pred, ScalarType::Long, "num_positive"));
   builder.add_grad(grad);
-  builder.build();
-  describe_rule(pass, pred, negative_weight, coord_weight, numbers, ignore_value);
-  Device::run(pass, pred, std::nullopt);
+  Device::run(builder.build(), pred, std::nullopt);
 }
 
 }  // namespace fcrn

@@ -12,8 +12,8 @@ namespace fcrn {
 // What a pass gives the caller of E: one number, the mean over the maps of each cell, or E itself.
 enum class Output : int32_t { scalar, cell, element };
 
-// A weight given as a number, or as a tensor that is read where the kernel runs.
-struct Weight {
+// A number, or a tensor of one that is read where the kernel runs.
+struct Number {
   const void* data = nullptr;  // nullptr: the number
   DType dtype = DType::float32;
   double number = 1.0;
@@ -58,15 +58,18 @@ struct Sums {
 struct LossPass {
   Grid grid;
   TensorView pred, target;
-  TensorView kinds;  // the confidences that say of which kind a cell is: one map
+  bool has_kinds = true;  // of cells, by a last map of confidences; else every map is a pose map
+  TensorView kinds;       // those confidences
+  TensorView positive;    // which cells are positive, one map of bool; absent: those above 0
+  TensorView weight;      // of each element; absent: 1
 
-  Weight negative_weight;
+  Number negative_weight;
   double positive_weight = 1.0;
   CoordWeights coord_weights;
   double ignore_value = NAN;  // rounded to the dtype of `kinds`; NaN: no cell is ignored
 
   Output output = Output::scalar;
-  double divisor = 1.0;  // of the sum of E; below 0: the number of positive cells, at least 1
+  Number divisor;  // of the sum of E; a number below 0: how many cells are positive, at least 1
 
   // What is written; what has no pointer is not wanted.
   TensorView errors;  // E, or its mean over the maps: (B, *S), whose map_stride is 0
@@ -79,17 +82,19 @@ struct LossPass {
 
   // Of a backward pass.
   TensorView grad_output;                   // absent: 1
-  const int64_t* known_positive = nullptr;  // where `divisor` is below 0: how many cells there are
+  const int64_t* known_positive = nullptr;  // where `divisor` counts: what it counted
   bool wrt_target = false;                  // dloss/dtarget is -dloss/dpred
   bool grad_is_for_one = false;  // `grad` holds the gradient for a grad_output of 1 (undivided
                                  // by a number of cells): only what may change is to be written
 
+  FCRN_HD int64_t num_pose_maps() const { return has_kinds ? grid.maps - 1 : grid.maps; }
   FCRN_HD bool wants_sums() const { return loss || coord || num_positive; }
   FCRN_HD bool is_forward() const { return wants_sums() || errors; }
   FCRN_HD bool has_grad_output_per_cell() const { return grad_output && output != Output::scalar; }
 
   FCRN_HD double divided(double value, int64_t positives) const {
-    return value / (divisor < 0 ? static_cast<double>(positives > 1 ? positives : 1) : divisor);
+    const bool counts = !divisor.data && divisor.number < 0;
+    return value / (counts ? static_cast<double>(positives > 1 ? positives : 1) : divisor.value());
   }
 
   // dloss/dE; a forward pass takes grad_output for 1 and does not know the positive cells.

@@ -1,4 +1,4 @@
-// The element types of the tensors: float64, float32, and the two halves as bare 16-bit patterns,
+// The element types of the tensors: float64, float32, the two halves as bare 16-bit patterns, and bool,
 // with conversions that round to the nearest even number, on the host and on the device alike.
 #pragma once
 
@@ -17,7 +17,7 @@
 
 namespace fcrn {
 
-enum class DType : int32_t { float64, float32, float16, bfloat16 };
+enum class DType : int32_t { float64, float32, float16, bfloat16, boolean };
 
 struct Half {
   uint16_t bits;
@@ -25,6 +25,11 @@ struct Half {
 
 struct BFloat16 {
   uint16_t bits;
+};
+
+// An element of a mask: 1 or 0.
+struct Bool {
+  uint8_t value;
 };
 
 template <typename T>
@@ -59,6 +64,7 @@ FCRN_HD uint32_t bits_from_float(float value) {
 }
 
 FCRN_HD float to_float(float value) { return value; }
+FCRN_HD float to_float(Bool value) { return value.value; }
 FCRN_HD float to_float(BFloat16 value) { return float_from_bits(uint32_t{value.bits} << 16); }
 FCRN_HD float to_float(Half value) {
 #ifdef __CUDA_ARCH__
@@ -164,8 +170,10 @@ FCRN_HD Acc load_as(const void* data, DType dtype, int64_t index) {
       return Convert<Acc>::from(static_cast<const float*>(data)[index]);
     case DType::float16:
       return Convert<Acc>::from(static_cast<const Half*>(data)[index]);
-    default:
+    case DType::bfloat16:
       return Convert<Acc>::from(static_cast<const BFloat16*>(data)[index]);
+    default:
+      return Convert<Acc>::from(static_cast<const Bool*>(data)[index]);
   }
 }
 
@@ -187,7 +195,10 @@ FCRN_HD void store_as(void* data, DType dtype, int64_t index, Acc value) {
 }
 
 FCRN_HD constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  return dtype == DType::float64   ? 8
+         : dtype == DType::float32 ? 4
+         : dtype == DType::boolean ? 1
+                                   : 2;
 }
 
 }  // namespace fcrn
