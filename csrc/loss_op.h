@@ -176,7 +176,7 @@ inline void describe_rule(LossPass& pass, const Tensor& pred, const OptionalTens
                           std::optional<double> ignore_value) {
   const int64_t num_pose_maps = pass.grid.maps - 1;
   const auto count = static_cast<int64_t>(numbers.size()) - 2;
-  STD_TORCH_CHECK(count >= 1 && count <= kInlineCoordWeights &&
+  STD_TORCH_CHECK(count >= 0 && count <= kInlineCoordWeights &&
                       (count == 1 || count == num_pose_maps || coord_weight),
                   "numbers must hold 2 numbers and 1 or C - 1 weights of pose maps, at most ",
                   kInlineCoordWeights);
