@@ -220,7 +220,9 @@ inline void* numbers_in(const OptionalTensor& tensor, int64_t count, const Tenso
 class PassBuilder {
  public:
   PassBuilder(const Tensor& pred, const Tensor& target, int64_t divisor, int64_t output)
-      : grid_(checked(pred)), pred_(pred) {
+      : grid_(pred), pred_(pred) {
+    STD_TORCH_CHECK(pred.dim() >= 2 && pred.size(1) >= 1,
+                    "pred must have the shape (B, C, *S) with C >= 1");
     STD_TORCH_CHECK(output >= 0 && output <= static_cast<int64_t>(Output::element),
                     "output must be 0, 1 or 2");
     pass.output = static_cast<Output>(output);
@@ -250,12 +252,6 @@ class PassBuilder {
   ScalarType sum_dtype;
 
  private:
-  static const Tensor& checked(const Tensor& pred) {
-    STD_TORCH_CHECK(pred.dim() >= 2 && pred.size(1) >= 1,
-                    "pred must have the shape (B, C, *S) with C >= 1");
-    return pred;
-  }
-
   GridBuilder grid_;
   const Tensor& pred_;
 };
