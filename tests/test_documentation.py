@@ -199,12 +199,13 @@ def test_the_pages_are_built_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:
+def test_a_user_script_passes_mypy_strict() -> None:
     mypy = shutil.which("mypy", path=str(Path(sys.executable).parent)) or shutil.which("mypy")
     if mypy is None:
         pytest.skip("needs mypy: pip install mypy")
-    command = [mypy, "--strict", "--python-executable", sys.executable, "--cache-dir"]
-    command += [str(tmp_path), str(Path("tests", "typing", "user_script.py"))]
+    # mypy's cache in the repository knows PyTorch after `make lint`: 30 s less
+    command = [mypy, "--strict", "--python-executable", sys.executable]
+    command += [str(Path("tests", "typing", "user_script.py"))]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

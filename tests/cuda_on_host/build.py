@@ -153,6 +153,7 @@ def program(name: str, build: str = "plain", *, csrc: Path = CSRC) -> Path:
     return executable
 
 
+@functools.cache
 def compile_snippet(source: str) -> str:
     """What the compiler says of a CUDA source; "" if it takes it."""
     result = subprocess.run(
