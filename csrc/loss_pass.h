@@ -135,7 +135,8 @@ struct LossPass {
   // Whether `check` holds for every tensor of the pass (`kinds` is a map of one of them).
   template <typename Check>
   bool all_views(Check&& check) const {
-    for (const TensorView* view : {&pred, &target, &grad, &errors}) {
+    const TensorView* const views[] = {&pred, &target, &grad, &errors};
+    for (const TensorView* view : views) {
       if (*view && !check(*view)) return false;
     }
     return !has_grad_output_per_cell() || check(grad_output);
