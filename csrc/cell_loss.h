@@ -2,10 +2,10 @@
 // the constants of a pass. Every loop on every device calls this and decides nothing itself.
 // fcrn_fused/reference.py says the same for people.
 //
-// A cell is ignored if its confidence is the one that the caller named for that, else positive if its
-// confidence is above 0, or if the caller says so, else negative. Without kinds every element is that
-// of a positive cell's pose. With w the weight of an element by its cell's kind, times the one that the
-// caller gave it,
+// A cell is ignored if its confidence is the one that the caller named for that, else positive if
+// its confidence is above 0, or if the caller says so, else negative. Without kinds every element
+// is that of a positive cell's pose. With w the weight of an element by its cell's kind, times the
+// one that the caller gave it,
 //   E = w * (pred - target)^2   and   dloss/dpred = 2 * w * dloss/dE * (pred - target).
 // Elements without a weight, or with one of 0 from the caller, are masked by a choice, not by a
 // product: 0 * NaN is NaN.

@@ -86,7 +86,8 @@ inline double rounded_to(DType dtype, double value) {
 // Lays the tensors of a pass over one grid: takes (B, C, *S) apart into images, maps and cells, and
 // merges dimensions that lie in memory as one in all of the tensors. Without kinds no dimension is
 // that of the maps by its meaning: the one is along which the weight repeats itself, so that it is
-// read once for all maps, and the order of the others is that of pred's memory.
+// read once for all maps, and the order of the others is that of pred's memory. If the innermost is
+// one of these it is merged all the same, and the weight is that of so many cells.
 class GridBuilder {
  public:
   GridBuilder(const Tensor& pred, bool has_kinds)
@@ -124,16 +125,13 @@ class GridBuilder {
     views_[num_views_++] = &view;
   }
 
-  void build(Grid& grid, const TensorView& weight) const {
+  void build(LossPass& pass) const {
+    Grid& grid = pass.grid;
     std::vector<Dim> dims = merged();
     grid.maps = has_kinds_ ? sizes_[1] : 1;
-    for (size_t i = dims.size(); !has_kinds_ && i-- > 0;) {
-      // the innermost one stays: its elements are computed side by side
-      if (i + 1 == dims.size() || !repeats(dims[i], weight)) continue;
-      grid.maps = dims[i].size;
-      for (int v = 0; v < num_views_; ++v) views_[v]->map_stride = dims[i].strides[v];
-      dims.erase(dims.begin() + static_cast<ptrdiff_t>(i));
-      break;
+    if (!has_kinds_ && pass.weight) {
+      pass.weight_repeat = merge_repeated(dims, index_of(pass.weight));
+      grid.maps = take_maps(dims, index_of(pass.weight));
     }
     const size_t first = dims.size() > 1 ? 1 : 0;  // the outermost dimension is the images
     STD_TORCH_CHECK(dims.size() <= first + kMaxSpatialDims, "pred and target may have at most ",
@@ -202,18 +200,46 @@ class GridBuilder {
     return dims;
   }
 
-  bool continues(const Dim& outer, const Dim& inner) const {
+  // Whether two dimensions lie in memory as one in all views, but perhaps one.
+  bool continues(const Dim& outer, const Dim& inner, int but = -1) const {
     for (int v = 0; v < num_views_; ++v) {
-      if (outer.strides[v] != inner.strides[v] * inner.size) return false;
+      if (v != but && outer.strides[v] != inner.strides[v] * inner.size) return false;
     }
     return true;
   }
 
-  bool repeats(const Dim& dim, const TensorView& view) const {
-    for (int v = 0; v < num_views_; ++v) {
-      if (views_[v] == &view) return dim.strides[v] == 0;
+  int index_of(const TensorView& view) const {
+    int v = 0;
+    while (views_[v] != &view) ++v;
+    return v;
+  }
+
+  // Merges the innermost dimension, along which the weight repeats itself, with the one outside it,
+  // where the other tensors allow it; the number of neighbours with one weight.
+  int64_t merge_repeated(std::vector<Dim>& dims, int weight) const {
+    if (dims.size() < 2) return 1;
+    Dim inner = dims.back();
+    const Dim& outer = dims[dims.size() - 2];
+    if (inner.strides[weight] != 0 || !continues(outer, inner, weight)) return 1;
+    const int64_t repeat = inner.size;
+    inner.size *= outer.size;
+    inner.strides[weight] = outer.strides[weight];
+    dims.pop_back();
+    dims.back() = inner;
+    return repeat;
+  }
+
+  // Takes the innermost dimension along which the weight repeats itself out as the one of the maps,
+  // but for the last: its elements are computed side by side. The number of maps.
+  int64_t take_maps(std::vector<Dim>& dims, int weight) const {
+    for (size_t i = dims.size() > 0 ? dims.size() - 1 : 0; i-- > 0;) {
+      if (dims[i].strides[weight] != 0) continue;
+      const int64_t maps = dims[i].size;
+      for (int v = 0; v < num_views_; ++v) views_[v]->map_stride = dims[i].strides[v];
+      dims.erase(dims.begin() + static_cast<ptrdiff_t>(i));
+      return maps;
     }
-    return false;
+    return 1;
   }
 
   const Tensor& pred_;
@@ -313,7 +339,7 @@ class PassBuilder {
   }
 
   const LossPass& build() {
-    grid_.build(pass.grid, pass.weight);
+    grid_.build(pass);
     describe_rule(pass, given_);
     return pass;
   }
@@ -349,8 +375,8 @@ void forward_into(const Tensor& pred, const Tensor& target, const OptionalTensor
     pass.positive_conf = part + size;
     pass.negative_conf = part + 2 * size;
   }
-  pass.num_positive = static_cast<int64_t*>(
-      numbers_in(num_positive, 1, pred, ScalarType::Long, "num_positive"));
+  pass.num_positive =
+      static_cast<int64_t*>(numbers_in(num_positive, 1, pred, ScalarType::Long, "num_positive"));
   if (grad) builder.add_grad(*grad);
   Device::run(builder.build(), pred, workspace);
 }

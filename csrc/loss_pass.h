@@ -62,6 +62,7 @@ struct LossPass {
   TensorView kinds;       // those confidences
   TensorView positive;    // which cells are positive, one map of bool; absent: those above 0
   TensorView weight;      // of each element; absent: 1
+  int64_t weight_repeat = 1;  // so many cells of the last dimension have one weight
 
   Number negative_weight;
   double positive_weight = 1.0;
@@ -88,6 +89,18 @@ struct LossPass {
                                  // by a number of cells): only what may change is to be written
 
   FCRN_HD int64_t num_pose_maps() const { return has_kinds ? grid.maps - 1 : grid.maps; }
+
+  // Where the weight of map 0 of a cell lies.
+  template <typename Index>
+  FCRN_HD Index weight_offset(Index image, Index cell) const {
+    if (weight_repeat == 1) return weight.cell_offset(grid, image, cell);
+    const int last = grid.spatial_dims - 1;
+    const Index along_last = cell % static_cast<Index>(grid.sizes[last]);
+    return weight.cell_offset(grid, image, cell - along_last) +
+           along_last / static_cast<Index>(weight_repeat) *
+               static_cast<Index>(weight.cell_strides[last]);
+  }
+
   FCRN_HD bool wants_sums() const { return loss || coord || num_positive; }
   FCRN_HD bool is_forward() const { return wants_sums() || errors; }
   FCRN_HD bool has_grad_output_per_cell() const { return grad_output && output != Output::scalar; }

@@ -1,5 +1,6 @@
-// The element types of the tensors: float64, float32, the two halves as bare 16-bit patterns, and bool,
-// with conversions that round to the nearest even number, on the host and on the device alike.
+// The element types of the tensors: float64, float32, the two halves as bare 16-bit patterns, and
+// bool, with conversions that round to the nearest even number, on the host and on the device
+// alike.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +50,10 @@ struct DTypeOf<Half> {
 template <>
 struct DTypeOf<BFloat16> {
   static constexpr DType value = DType::bfloat16;
+};
+template <>
+struct DTypeOf<Bool> {
+  static constexpr DType value = DType::boolean;
 };
 
 FCRN_HD float float_from_bits(uint32_t bits) {

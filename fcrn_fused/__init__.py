@@ -8,8 +8,8 @@ __path__ = extend_path(__path__, __name__)
 from . import reference
 from .autograd import FCRNLossFunction
 from .config import show_config
-from .functional import fcrn_loss
-from .module import FCRNLoss
+from .functional import fcrn_loss, masked_mse_loss
+from .module import FCRNLoss, MaskedMSELoss
 from .schedule import LinearNegativeWeight, StepNegativeWeight
 from .stats import FCRNLossStats
 from .version import __version__
@@ -19,9 +19,11 @@ __all__ = [
     "FCRNLossFunction",
     "FCRNLossStats",
     "LinearNegativeWeight",
+    "MaskedMSELoss",
     "StepNegativeWeight",
     "__version__",
     "fcrn_loss",
+    "masked_mse_loss",
     "reference",
     "show_config",
 ]

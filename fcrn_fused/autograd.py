@@ -19,7 +19,9 @@ class FCRNLossFunction(torch.autograd.Function):
     `apply(pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction)`
     returns `(loss, coord, positive_conf, negative_conf, num_positive)`, positional arguments only;
     the loss alone is differentiable. `coord_weight` is a number, a tuple of C - 1 numbers or a
-    tensor; the rest is as in `fcrn_loss`.
+    tensor; the rest is as in `fcrn_loss`. Four more are optional: `weight` and `positive`, which a
+    change in place between forward and backward makes an error; `has_kinds`, False for
+    `masked_mse_loss`; `want_stats`, False for None in place of the parts.
 
     In eager mode the forward pass writes the gradient for a grad_output of 1 as well, and the first
     backward pass hands it out, put right in place for another grad_output. `save_for_backward`
@@ -38,9 +40,21 @@ class FCRNLossFunction(torch.autograd.Function):
         coord_weight: float | tuple[float, ...] | Tensor,
         ignore_value: float | None,
         reduction: str,
+        weight: Tensor | None = None,
+        positive: Tensor | None = None,
+        has_kinds: bool = True,
         want_stats: bool = True,
     ) -> tuple[Tensor | None, ...]:
-        rule = Rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+        rule = Rule(
+            negative_weight,
+            positive_weight,
+            coord_weight,
+            ignore_value,
+            reduction,
+            weight,
+            positive,
+            has_kinds,
+        )
         arguments = ops.op_arguments(pred, rule)
         results: Sequence[Tensor | None]
         if ops.is_traced():
@@ -53,10 +67,10 @@ class FCRNLossFunction(torch.autograd.Function):
             results = ops.run_forward(pred, target, arguments, want_stats, grad)
         loss, parts, num_positive = results
         # Copies: whoever fills a weight before backward does not change this gradient.
-        weights = [None if weight is None else weight.clone() for weight in arguments[:2]]
+        copies = [None if given is None else given.clone() for given in arguments[:2]]
         # A tensor kept on ctx itself is lost where autograd is compiled.
-        ctx.save_for_backward(pred, target, *weights, num_positive)
-        ctx.settings, ctx.reduction = arguments[2:], reduction
+        ctx.save_for_backward(pred, target, *copies, *arguments[2:5], num_positive)
+        ctx.settings, ctx.reduction = arguments[5:], reduction
         ctx.set_materialize_grads(False)
         by_kind = (None,) * 3 if parts is None else parts.unbind()
         rest = (*by_kind, num_positive)
@@ -66,12 +80,12 @@ class FCRNLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # raises where one was changed in place
-        pred, target, negative, coord, num_positive = ctx.saved_tensors
+        pred, target, *tensors, num_positive = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None]
-        rest = (None,) * 6
+        rest = (None,) * 9
         if grad_output is None:  # the parts of the loss were used, the loss was not
             return *grads, *rest
-        arguments = (negative, coord, *ctx.settings)
+        arguments = (*tensors, *ctx.settings)
         if torch.is_grad_enabled():  # create_graph=True: must be differentiable in its turn
             rule = ops.rule_of(arguments, ctx.reduction)
             grad = reference.gradient(grad_output, pred, target, rule)

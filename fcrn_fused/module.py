@@ -1,4 +1,4 @@
-"""`FCRNLoss`: the loss as a module, with a weight that a schedule can anneal."""
+"""The losses as modules; `FCRNLoss` has a weight that a schedule can anneal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import loss_by_rule
+from .functional import loss_by_rule, masked_mse_loss
+from .reductions import MASKED_REDUCTIONS
 from .stats import FCRNLossStats
 from .validation import (
     Rule,
@@ -85,7 +86,14 @@ class FCRNLoss(nn.Module):
         self.return_stats = return_stats
         self.backend = backend
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor | tuple[Tensor, FCRNLossStats]:
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        positive: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, FCRNLossStats]:
         """The loss of `pred` against `target`, both (B, C, *S); as `fcrn_loss` returns it."""
         rule = Rule(
             self.negative_weight,
@@ -93,6 +101,8 @@ class FCRNLoss(nn.Module):
             self.coord_weight,
             self.ignore_value,
             self.reduction,
+            weight,
+            positive,
         )
         return loss_by_rule(pred, target, rule, self.return_stats, self.backend)
 
@@ -161,6 +171,30 @@ class FCRNLoss(nn.Module):
             if isinstance(loaded := state_dict.get(prefix + name), Tensor):
                 state_dict[prefix + name] = loaded.to(getattr(self, name).dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class MaskedMSELoss(nn.Module):
+    """`masked_mse_loss` as a module.
+
+    Shapes: `pred` and `target` of any one shape, to which `weight` broadcasts; see
+    `masked_mse_loss` for dtypes and what the reductions return.
+
+    Raises:
+        ValueError: `reduction` or `backend` does not fit.
+    """
+
+    def __init__(self, reduction: str = "mean", backend: str = "auto") -> None:
+        super().__init__()
+        self.reduction = check_reduction(reduction, MASKED_REDUCTIONS)
+        self.backend = check_backend(backend)
+
+    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of `pred` against `target`, as `masked_mse_loss` returns it."""
+        return masked_mse_loss(pred, target, weight, reduction=self.reduction, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"reduction={self.reduction!r}, backend={self.backend!r}"
 
 
 def _shown(weight: Tensor) -> float | str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .reductions import COUNT_POSITIVE, DIVISORS, OUTPUTS
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, weight_sum
 from .validation import Rule
 from .version import __version__
 
@@ -59,7 +59,7 @@ Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
     """A `Rule` as the operators take it: tensors and numbers apart, the reduction as a divisor."""
-    negative, positive, coord, ignore_value, reduction = rule
+    negative, positive_weight, coord, ignore_value, reduction, weight, positive, has_kinds = rule
     negative_tensor = coord_tensor = None
     if isinstance(negative, Tensor):
         negative_tensor, negative = negative, 0.0
@@ -69,19 +69,20 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
         if not isinstance(coord, Tensor):
             coord = torch.tensor(coord, dtype=torch.float64, device=pred.device)
         coord_tensor, coord = coord, (0.0,)
-    numbers = [negative, positive, *coord]
+    numbers = [negative, positive_weight, *coord] if has_kinds else []
     divisor, output = DIVISORS[reduction](pred), OUTPUTS.get(reduction, 0)
-    return negative_tensor, coord_tensor, numbers, ignore_value, divisor, output
+    tensors = (negative_tensor, coord_tensor, weight, positive, weight_sum(pred, rule))
+    return *tensors, numbers, ignore_value, divisor, output
 
 
 def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for the kernels, with weights on the CPU as numbers, which are read now.
+    """The arguments for the kernels, with 0-dim tensors on the CPU as numbers, which are read now.
 
     So a CUDA graph keeps the value that it was captured with.
     """
     negative: Tensor | None
     coord: Tensor | None
-    negative, coord, numbers, *rest = arguments
+    negative, coord, weight, positive, total, numbers, *rest = arguments
     if negative is not None and negative.is_cpu:
         numbers = [negative.item(), *numbers[1:]]
         negative = None
@@ -91,18 +92,39 @@ def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, 
         else:
             numbers = [*numbers[:2], *coord.reshape(-1).tolist()]
             coord = None
-    return negative, coord, numbers, *rest
+    if not pred.is_cpu:
+        weight, total = (
+            torch.full((), given.item(), dtype=given.dtype, device=pred.device)
+            if given is not None and given.is_cpu
+            else given
+            for given in (weight, total)
+        )
+    return negative, coord, weight, positive, total, numbers, *rest
+
+
+def _expanded(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with `weight` in pred's shape and `positive` as (B, *S), by strides of 0."""
+    negative, coord, weight, positive, *rest = arguments
+    if weight is not None:
+        weight = weight.expand(pred.shape)
+    if positive is not None:
+        positive = positive.expand(pred.shape[0], 1, *pred.shape[2:]).squeeze(1)
+    return negative, coord, weight, positive, *rest
 
 
 def rule_of(arguments: tuple[Any, ...], reduction: str) -> Rule:
     """The other way round."""
-    negative_tensor, coord_tensor, (negative, positive, *coord), ignore_value, *_ = arguments
+    negative_tensor, coord_tensor, weight, positive, _, numbers, ignore_value, *_ = arguments
+    negative, positive_weight, *coord = numbers or (1.0, 1.0, 1.0)
     return Rule(
         negative if negative_tensor is None else negative_tensor,
-        positive,
+        positive_weight,
         (coord[0] if len(coord) == 1 else tuple(coord)) if coord_tensor is None else coord_tensor,
         ignore_value,
         reduction,
+        weight,
+        positive,
+        bool(numbers),
     )
 
 
@@ -123,7 +145,7 @@ def run_forward(
     workspace = _workspace(pred) if pred.is_cuda else None
     with torch._C._AutoDispatchBelowAutograd():  # whose place is taken by those who call this
         torch.ops.fcrn_fused.forward_into.default(
-            pred, target, *arguments, *results, grad, workspace
+            pred, target, *_expanded(pred, arguments), *results, grad, workspace
         )
     return results
 
@@ -167,7 +189,7 @@ def run_backward(
     if wrt_target and pred.dtype != target.dtype:
         return _backward_of_mixed_dtypes(grad_output, pred, target, arguments, num_positive)
     grad = torch.empty_like(target if wrt_target else pred) if rescaled is None else rescaled
-    settings = (*arguments, num_positive, wrt_target, rescaled is not None)
+    settings = (*_expanded(pred, arguments), num_positive, wrt_target, rescaled is not None)
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.fcrn_fused.backward_into.default(grad_output, pred, target, *settings, grad)
     return grad
@@ -264,13 +286,11 @@ def _backward_kernel(grad_output: Tensor, pred: Tensor, target: Tensor, *argumen
     )
 
 
-def _check_devices(
-    pred: Tensor, target: Tensor, negative: Tensor | None, coord: Tensor | None, *_: Any
-) -> None:
+def _check_devices(pred: Tensor, target: Tensor, *arguments: Any) -> None:
     torch._check(target.device == pred.device, lambda: "target must be on the device of pred")
-    for weight in (negative, coord):
+    for given in arguments:
         torch._check(
-            weight is None or weight.device == pred.device or weight.device.type == "cpu",
+            not isinstance(given, Tensor) or given.device in (pred.device, torch.device("cpu")),
             lambda: "a weight must be on the device of pred or on the CPU",
         )
 
@@ -286,10 +306,10 @@ def _fake_backward(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, negative, coord, *ctx.settings = inputs
+    pred, target, negative, coord, weight, positive, total, *ctx.settings = inputs
     # Copies: whoever fills a weight before backward does not change this gradient.
-    weights = [None if weight is None else weight.clone() for weight in (negative, coord)]
-    ctx.save_for_backward(pred, target, *weights, output[2])
+    negative, coord = (None if given is None else given.clone() for given in (negative, coord))
+    ctx.save_for_backward(pred, target, negative, coord, weight, positive, total, output[2])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -297,8 +317,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _differentiate_forward(
     ctx: Any, grad_output: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    pred, target, negative, coord, num_positive = ctx.saved_tensors
-    arguments = (negative, coord, *ctx.settings)
+    pred, target, *tensors, num_positive = ctx.saved_tensors
+    arguments = (*tensors, *ctx.settings)
     grads: list[Tensor | None] = [None, None]
     if grad_output is not None:
         for i in (0, 1):
@@ -338,8 +358,8 @@ def _batch_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[
 
 def _register() -> None:
     rule = (
-        "Tensor? negative_weight, Tensor? coord_weight, float[] numbers, float? ignore_value, "
-        "SymInt divisor, int output"
+        "Tensor? negative_weight, Tensor? coord_weight, Tensor? weight, Tensor? positive, "
+        "Tensor? weight_sum, float[] numbers, float? ignore_value, SymInt divisor, int output"
     )
     _library.define(f"forward(Tensor pred, Tensor target, {rule}) -> (Tensor, Tensor, Tensor)")
     _library.define(

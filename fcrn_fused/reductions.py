@@ -18,3 +18,5 @@ DIVISORS: dict[str, Callable[[Tensor], int]] = {
 }
 # Those with more than one number as a result, by what the operators call them; the others are 0.
 OUTPUTS = {"cell": 1, "none": 2}
+# Those of `masked_mse_loss`, whose "mean" divides by the sum of the weights, if there are any.
+MASKED_REDUCTIONS = ("mean", "sum", "none")

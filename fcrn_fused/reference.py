@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .reductions import COUNT_POSITIVE, DIVISORS
 from .stats import FCRNLossStats
-from .validation import Rule, check, make_rule
+from .validation import Rule, check, make_masked_rule, make_rule
 
 _SUMMED_BY_ONE_THREAD = 32_768
 
@@ -23,6 +24,8 @@ def fcrn_loss(
     positive_weight: float = 1.0,
     coord_weight: float | Sequence[float] | Tensor = 1.0,
     ignore_value: float | None = None,
+    weight: Tensor | None = None,
+    positive: Tensor | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
@@ -31,9 +34,22 @@ def fcrn_loss(
     Every promise about values and gradients holds here too; what it costs is memory and time:
     some thirty passes over the maps instead of one.
     """
-    rule = make_rule(negative_weight, positive_weight, coord_weight, ignore_value, reduction)
+    rule = make_rule(
+        negative_weight, positive_weight, coord_weight, ignore_value, reduction, weight, positive
+    )
     check(pred, target, rule)
     return loss_by_rule(pred, target, rule, return_stats)
+
+
+def masked_mse_loss(
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
+) -> Tensor:
+    """The loss of `fcrn_fused.masked_mse_loss`, by PyTorch's own operations."""
+    rule = make_masked_rule(weight, reduction)
+    check(pred, target, rule)
+    loss = loss_by_rule(pred, target, rule, return_stats=False)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def loss_by_rule(
@@ -45,9 +61,9 @@ def loss_by_rule(
     if rule.reduction == "none":
         loss = errors
     elif rule.reduction == "cell":
-        loss = errors.sum(1) / _divisor(pred, cells, rule.reduction)
+        loss = errors.sum(1) / _divisor(pred, cells, rule)
     else:
-        loss = _sum(errors) / _divisor(pred, cells, rule.reduction)
+        loss = (_sum(errors) / _divisor(pred, cells, rule)).to(errors.dtype)
     if not return_stats:
         return loss
     confidence_error = errors[:, -1:].detach()
@@ -60,36 +76,28 @@ def loss_by_rule(
 
 
 class WeighedCells(NamedTuple):
-    """The cells of a batch after the table of the definition has been applied to them."""
+    """The elements of a batch after the table of the definition has been applied to them."""
 
-    counted: Tensor  # (B, C, *S) bool: the element is part of the computation
-    positive: Tensor  # (B, 1, *S) bool
-    weight: Tensor  # (B, C, *S), 0 where not counted
-    difference: Tensor  # (B, C, *S), pred - target, 0 where not counted
+    counted: Tensor  # of pred's shape, bool: the element is part of the computation
+    positive: Tensor  # (B, 1, *S) bool; without kinds of no meaning
+    weight: Tensor  # of pred's shape, 0 where not counted
+    difference: Tensor  # of pred's shape, pred - target, 0 where not counted
 
 
 def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
     """Apply the definition's table: the kind of each cell, and from it each element's weight."""
     dtype = accumulation_dtype(pred.dtype, target.dtype)
-    num_maps = target.shape[1]
-    per_map = (num_maps,) + (1,) * (target.dim() - 2)
-
-    confidence = target[:, -1:]
-    ignored = torch.zeros_like(confidence, dtype=torch.bool)
-    if rule.ignore_value is not None:
-        value = torch.tensor(rule.ignore_value, dtype=torch.float64, device="cpu")
-        ignored = confidence == value.to(target.dtype)
-    positive = (confidence > 0) & ~ignored
-    is_confidence = (torch.arange(num_maps, device=target.device) == num_maps - 1).view(per_map)
-    counted = positive | (is_confidence & ~ignored)
-    # in the memory format of pred, and so is all that follows, the gradient included
-    counted = torch.zeros_like(pred, dtype=torch.bool) | counted
-
-    negative_weight = rule.negative_weight
-    if isinstance(negative_weight, Tensor):
-        negative_weight = negative_weight.to(dtype)
-    positive_weight = _positive_weights(rule, num_maps, dtype, target.device).view(per_map)
-    weight = torch.where(positive, positive_weight, negative_weight)
+    if rule.has_kinds:
+        counted, positive, weight = _weigh_by_kind(pred, target, rule, dtype)
+    else:
+        counted = positive = torch.ones_like(pred, dtype=torch.bool)
+        weight = torch.ones((), dtype=dtype, device=pred.device)
+    if rule.weight is not None:
+        is_given = (rule.weight != 0).expand(pred.shape)
+        counted = counted & is_given
+        if rule.has_kinds:
+            positive = positive & is_given[:, -1:]
+        weight = weight * rule.weight.to(dtype)
     return WeighedCells(
         counted,
         positive,
@@ -99,6 +107,31 @@ def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
     )
 
 
+def _weigh_by_kind(
+    pred: Tensor, target: Tensor, rule: Rule, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What counts and the weights, (B, C, *S), and which cells are positive, (B, 1, *S)."""
+    num_maps = target.shape[1]
+    per_map = (num_maps,) + (1,) * (target.dim() - 2)
+
+    confidence = target[:, -1:]
+    ignored = torch.zeros_like(confidence, dtype=torch.bool)
+    if rule.ignore_value is not None:
+        value = torch.tensor(rule.ignore_value, dtype=torch.float64, device="cpu")
+        ignored = confidence == value.to(target.dtype)
+    positive = (confidence > 0 if rule.positive is None else rule.positive) & ~ignored
+    is_confidence = (torch.arange(num_maps, device=target.device) == num_maps - 1).view(per_map)
+    counted = positive | (is_confidence & ~ignored)
+    # in the memory format of pred, and so is all that follows, the gradient included
+    counted = torch.zeros_like(pred, dtype=torch.bool) | counted
+
+    negative_weight = rule.negative_weight
+    if isinstance(negative_weight, Tensor):
+        negative_weight = negative_weight.to(dtype)
+    positive_weight = _positive_weights(rule, num_maps, dtype, target.device).view(per_map)
+    return counted, positive, torch.where(positive, positive_weight, negative_weight)
+
+
 def gradient(grad_output: Tensor, pred: Tensor, target: Tensor, rule: Rule) -> Tensor:
     """dloss/dpred, (B, C, *S), as an expression that autograd can differentiate once more.
 
@@ -106,7 +139,7 @@ def gradient(grad_output: Tensor, pred: Tensor, target: Tensor, rule: Rule) -> T
     """
     cells = weigh(pred, target, rule)
     scale = grad_output.unsqueeze(1) if rule.reduction == "cell" else grad_output
-    scale = scale / _divisor(pred, cells, rule.reduction)
+    scale = (scale / _divisor(pred, cells, rule)).to(cells.weight.dtype)
     return torch.where(cells.counted, 2 * cells.weight * cells.difference * scale, 0)
 
 
@@ -116,23 +149,43 @@ def accumulation_dtype(pred: torch.dtype, target: torch.dtype) -> torch.dtype:
 
 
 def _sum(errors: Tensor) -> Tensor:
-    """The sum of (B, C, *S), the same whatever the number of threads.
+    """The sum of a tensor, the same whatever the number of threads.
 
     PyTorch splits a sum to one number among its threads from 32,768 elements on; a sum to several
     numbers gives each of them to one thread.
     """
-    spatial = tuple(range(2, errors.dim()))
-    if spatial and errors.shape[0] * errors.shape[1] > 1:
-        errors = errors.sum(spatial)
+    kept = min(2, errors.dim() - 1)
+    if kept > 0 and errors.shape[0] * errors.shape[kept - 1] > 1:
+        errors = errors.sum(tuple(range(kept, errors.dim())))
     if errors.numel() <= _SUMMED_BY_ONE_THREAD:
         return errors.sum()
     pieces = errors.flatten().split(_SUMMED_BY_ONE_THREAD)
     return torch.stack([piece.sum() for piece in pieces]).sum()
 
 
-def _divisor(pred: Tensor, cells: WeighedCells, reduction: str) -> int | Tensor:
-    divisor = DIVISORS[reduction](pred)
+def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
+    if (total := weight_sum(pred, rule)) is not None:
+        return total
+    divisor = DIVISORS[rule.reduction](pred)
     return cells.positive.sum().clamp(min=1) if divisor == COUNT_POSITIVE else divisor
+
+
+def weight_sum(pred: Tensor, rule: Rule) -> Tensor | None:
+    """By what the "mean" of `masked_mse_loss` is divided: the sum of all elements' weights.
+
+    A 0-dim float64 tensor, infinite where the sum is 0: what is divided by it is 0. None: it is not
+    wanted, or there is no element, and then the mean is NaN as that of `mse_loss` is.
+    """
+    weight = rule.weight
+    if rule.has_kinds or rule.reduction != "mean" or weight is None or pred.numel() == 0:
+        return None
+    if weight.dtype is torch.bool:
+        total = weight.count_nonzero() if weight.is_cpu else weight.sum()  # neither makes a copy
+    else:
+        total = _sum(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    repeats = pred.numel() // max(weight.numel(), 1)
+    total = total.double() * repeats
+    return total.masked_fill(total == 0, math.inf)
 
 
 def _positive_weights(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reductions import DIVISORS
+from .reductions import DIVISORS, MASKED_REDUCTIONS
 
 BACKENDS = ("auto", "fused", "reference")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,13 +21,16 @@ _UNSUPPORTED_SUBCLASSES = {
 
 
 class Rule(NamedTuple):
-    """The settings of the loss, checked, in the order in which they are passed on."""
+    """By what the loss is computed, checked, in the order in which it is passed on."""
 
     negative_weight: float | Tensor  # a number, or a 0-dim tensor
     positive_weight: float
     coord_weight: float | tuple[float, ...] | Tensor  # one for all pose maps, or one for each
     ignore_value: float | None
     reduction: str
+    weight: Tensor | None = None  # of each element, broadcast to pred
+    positive: Tensor | None = None  # which cells are, broadcast to (B, 1, *S)
+    has_kinds: bool = True  # of cells; False: `masked_mse_loss`, whose elements are all alike
 
 
 def make_rule(
@@ -36,8 +39,10 @@ def make_rule(
     coord_weight: float | Sequence[float] | Tensor,
     ignore_value: float | None,
     reduction: str,
+    weight: Tensor | None = None,
+    positive: Tensor | None = None,
 ) -> Rule:
-    """The settings of `fcrn_loss` as a `Rule`; numbers of any type become Python floats.
+    """The arguments of `fcrn_loss` as a `Rule`; numbers of any type become Python floats.
 
     Raises:
         TypeError: a weight or `ignore_value` is not a number.
@@ -49,14 +54,22 @@ def make_rule(
         check_coord_weight(coord_weight),
         check_ignore_value(ignore_value),
         check_reduction(reduction),
+        weight,
+        positive,
     )
 
 
+def make_masked_rule(weight: Tensor | None, reduction: str) -> Rule:
+    """The arguments of `masked_mse_loss` as a `Rule`."""
+    reduction = check_reduction(reduction, MASKED_REDUCTIONS)
+    return Rule(1.0, 1.0, 1.0, None, reduction, weight, None, has_kinds=False)
+
+
 def check(pred: Tensor, target: Tensor, rule: Rule) -> None:
-    """Check `pred` and `target`, and the settings that depend on them.
+    """Check `pred` and `target`, and what depends on them.
 
     Raises:
-        TypeError: `pred` or `target` is not a tensor.
+        TypeError: `pred`, `target`, `weight` or `positive` is not a tensor.
         ValueError: a shape, dtype, layout, device or number of weights does not fit, or a weight
             requires grad.
     """
@@ -67,13 +80,17 @@ def check(pred: Tensor, target: Tensor, rule: Rule) -> None:
         raise ValueError(
             f"target must have the shape of pred, {tuple(shape)}, got {tuple(target.shape)}"
         )
-    if len(shape) < 2 or shape[1] < 1:
+    if rule.has_kinds and (len(shape) < 2 or shape[1] < 1):
         raise ValueError(
             "pred must have the shape (B, C, *S), C = pose maps + 1 confidence map, "
             f"got {tuple(shape)}"
         )
     if device != target.device:
         raise ValueError(f"target must be on the device of pred, {device}, got {target.device}")
+    if rule.weight is not None:
+        _check_given("weight", rule.weight, pred, shape, (torch.bool, *_FLOATING))
+    if rule.positive is not None:
+        _check_given("positive", rule.positive, pred, (shape[0], 1, *shape[2:]), (torch.bool,))
     negative_weight, coord_weight = rule.negative_weight, rule.coord_weight
     if isinstance(negative_weight, Tensor):
         _check_weight_tensor("negative_weight", negative_weight, device)
@@ -154,9 +171,8 @@ def check_ignore_value(ignore_value: float | None) -> float | None:
     return ignore_value
 
 
-def check_reduction(reduction: str) -> str:
-    """Raises ValueError for anything but the names in `DIVISORS`."""
-    names = tuple(DIVISORS)
+def check_reduction(reduction: str, names: Collection[str] = DIVISORS) -> str:
+    """Raises ValueError for anything but `names`."""
     if reduction not in names:
         raise ValueError(f"reduction must be one of {', '.join(names)}, got {reduction!r}")
     return reduction
@@ -169,27 +185,52 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _check_maps(name: str, tensor: Tensor) -> None:
-    """What `pred` and `target` must be, each for itself."""
+def _check_maps(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATING) -> None:
+    """What `pred`, `target`, `weight` and `positive` must be, each for itself."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if remedy := _UNSUPPORTED_SUBCLASSES.get(type(tensor).__name__):
         raise ValueError(f"{name} must be a plain tensor, got a {type(tensor).__name__}; {remedy}")
-    _check_floating(name, tensor)
+    _check_dtype(name, tensor, dtypes)
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense (strided) tensor, got {tensor.layout}")
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOATING:
+def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATING) -> None:
+    if tensor.dtype not in dtypes:
+        *others, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
+
+
+def _check_given(
+    name: str, given: Tensor, pred: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """A tensor that is broadcast to `shape`, by dimensions of 1 alone; a weight may be 0-dim."""
+    _check_maps(name, given, dtypes)
+    if given.requires_grad:
         raise ValueError(
-            f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
+            f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"
+        )
+    is_number = name == "weight" and given.dim() == 0
+    if given.device != pred.device and not (is_number and given.device.type == "cpu"):
+        raise ValueError(f"{name} must be on the device of pred, {pred.device}, got {given.device}")
+    if is_number:
+        return
+    fits = given.dim() == len(shape) and all(
+        size in (1, wanted) for size, wanted in zip(given.shape, shape, strict=True)
+    )
+    if not fits:
+        hint = "; unsqueeze() the dimensions that are missing" if given.dim() < len(shape) else ""
+        raise ValueError(
+            f"{name} must have as many dimensions as pred, each of 1 or of the size in "
+            f"{tuple(shape)}, got shape {tuple(given.shape)}{hint}"
         )
 
 
 def _check_weight_tensor(name: str, weight: Tensor, device: torch.device | None = None) -> Tensor:
     """Any shape; `device` is that of `pred`, where it is known."""
-    _check_floating(name, weight)
+    _check_dtype(name, weight)
     if weight.requires_grad:
         raise ValueError(
             f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"

@@ -1,8 +1,8 @@
 // The loops over the cells of a chunk, around the arithmetic of cell_loss.h. Compiled once for each
 // instruction set, in a namespace of its own: define FCRN_INSTRUCTION_SET before including this.
 //
-// A block of 16 cells, one cache line of float32, is the unit of everything: where none of its
-// cells is positive, the pose maps are not read at all. A block is computed in vectors of the
+// A block of 16 cells, one cache line of float32, is the unit of everything: where the pose of none
+// of its cells counts, the pose maps are not read at all. A block is computed in vectors of the
 // machine's width. Errors are added up in 16 lanes, for at most 8 blocks in the accumulator's type
 // and from there on in double; the lanes are added in order at the end.
 //
@@ -113,6 +113,9 @@ inline Vector<Acc> load(const T* from) {
 #if defined(FCRN_AVX2)
   } else if constexpr (is_float && DTypeOf<T>::value == DType::float16) {
     values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  } else if constexpr (is_float && DTypeOf<T>::value == DType::boolean) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
 #endif
   } else {
     for (int i = 0; i < kLanes<Acc>; ++i) values[i] = Convert<Acc>::from(from[i]);
@@ -220,8 +223,10 @@ struct CellSums {
 
 // ---- the loops ----------------------------------------------------------------------------------
 
-// Everything about a pass that the loops want at hand, in the types they work with.
-template <typename Acc, typename Pred, typename Target>
+// Everything about a pass that the loops want at hand, in the types they work with. kGiven: the
+// caller gave weights or kinds, or there are no kinds; the loops that know of none of these are
+// faster by half.
+template <typename Acc, typename Pred, typename Target, bool kGiven>
 class Loops {
   class ConfidenceBlocks;
 
@@ -232,24 +237,34 @@ class Loops {
         per_cell_(plan.pass.has_grad_output_per_cell()),
         per_cell_error_(plan.pass.errors && plan.pass.output == Output::cell),
         per_element_error_(plan.pass.errors && plan.pass.output == Output::element),
+        weight_is_per_cell_(plan.pass.weight && plan.pass.weight.map_stride == 0),
         grad_is_interleaved_(plan.pass.grad && plan.pass.grad.is_interleaved(plan.pass.grid)),
         stream_(plan.stream) {}
 
   // Cells [begin, end) of an image, all tensors planar: first the confidences, then map by map.
   void planar(int64_t image, int64_t begin, int64_t end, CellSums& sums) const {
-    const int64_t count = end - begin, last_map = pass_.grid.maps - 1;
+    const int64_t count = end - begin, pose_maps = pass_.num_pose_maps();
     Rows rows;
-    confidences(image, begin, count, rows, sums);
-    store_rows(image, last_map, begin, count, rows);
-    // Where no cell is positive the rows stay zero; elsewhere each map overwrites the one before.
+    if (kGiven && pass_.positive)
+      convert_row(pass_.positive, 1, image, begin, count, rows.positives);
+    if (kGiven && weight_is_per_cell_)
+      convert_row(pass_.weight, pass_.weight_repeat, image, begin, count, rows.weights);
+    if (has_kinds()) {
+      confidences(image, begin, count, rows, sums);
+      store_rows(image, pose_maps, begin, count, rows);
+    } else {
+      list_blocks(count, rows);
+    }
+    // Where no pose counts the rows stay zero; elsewhere each map overwrites the one before.
     memset(rows.grads, 0, count * sizeof(Pred));
     if (per_element_error_) memset(rows.errors, 0, count * sizeof(Acc));
-    for (int64_t map = 0; map < last_map; ++map) {
+    for (int64_t map = 0; map < pose_maps; ++map) {
       pose(image, map, begin, count, rows, sums);
       store_rows(image, map, begin, count, rows);
     }
     if (per_cell_error_) {
-      for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= static_cast<Acc>(pass_.divisor);
+      const auto divisor = static_cast<Acc>(pass_.divisor.number);
+      for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= divisor;
       store_row(place<Acc>(pass_.errors, image, 0, begin), rows.cell_errors, count * sizeof(Acc),
                 stream_);
     }
@@ -275,18 +290,101 @@ class Loops {
     return view ? static_cast<T*>(view.data) + view.cell_offset(pass_.grid, image, cell) : nullptr;
   }
 
+  bool has_kinds() const { return !kGiven || pass_.has_kinds; }
+
   ElementWeight<Acc> pose_weight(int64_t map) const {
     return ElementWeight<Acc>::of(pass_.coord_weights.value(map), constants_.dloss_derror);
   }
 
-  // What is written of a chunk: its blocks with a positive cell, and one map of the results.
+  // What is known of a chunk: its blocks whose pose counts, what the caller says of its cells, and
+  // one map of the results.
   struct Rows {
-    int num_positive_blocks = 0;
-    int positive_blocks[kChunkBlocks];  // their first cells, counted from the chunk's
+    int num_pose_blocks = 0;
+    int pose_blocks[kChunkBlocks];           // their first cells, counted from the chunk's
+    alignas(64) Acc weights[kChunkCells];    // where they are the same for all maps
+    alignas(64) Acc positives[kChunkCells];  // 1 or 0
     alignas(64) Pred grads[kChunkCells];
     alignas(64) Acc errors[kChunkCells];
     alignas(64) Acc cell_errors[kChunkCells];  // added up over the maps
   };
+
+  // The caller's weights and kinds, of any dtype and stride, in the type of the arithmetic: `size`
+  // cells and zeros to the end of the block.
+  template <typename T>
+  static void convert(const T* from, int64_t stride, int size, Acc* to) {
+    if (stride == 1 && size == kBlock) {
+      for (int i = 0; i < kBlock; i += kLanes<Acc>) store<Acc>(to + i, load<Acc>(from + i));
+      return;
+    }
+    for (int i = 0; i < size; ++i) to[i] = Convert<Acc>::from(from[i * stride]);
+    for (int i = size; i < kBlock; ++i) to[i] = 0;
+  }
+
+  static void convert_block(const TensorView& view, int64_t image, int64_t map, int64_t cell,
+                            int size, Acc* to) {
+    const int64_t stride = view.cell_strides[0];
+    const int64_t first = image * view.image_stride + map * view.map_stride + cell * stride;
+    switch (view.dtype) {
+      case DType::float64:
+        return convert(static_cast<const double*>(view.data) + first, stride, size, to);
+      case DType::float32:
+        return convert(static_cast<const float*>(view.data) + first, stride, size, to);
+      case DType::float16:
+        return convert(static_cast<const Half*>(view.data) + first, stride, size, to);
+      case DType::bfloat16:
+        return convert(static_cast<const BFloat16*>(view.data) + first, stride, size, to);
+      case DType::boolean:
+        return convert(static_cast<const Bool*>(view.data) + first, stride, size, to);
+    }
+  }
+
+  static void convert_row(const TensorView& view, int64_t repeat, int64_t image, int64_t begin,
+                          int64_t count, Acc* row) {
+    const int64_t stride = view.cell_strides[0];
+    if (repeat == 1 && stride != 0) {
+      for (int64_t at = 0; at < count; at += kBlock) {
+        convert_block(view, image, 0, begin + at, block_size(count - at), row + at);
+      }
+      return;
+    }
+    for (int64_t at = 0; at < count;) {
+      const int64_t index = stride == 0 ? 0 : (begin + at) / repeat;
+      const int64_t left = stride == 0 ? count : (index + 1) * repeat - begin;
+      const int64_t end = left < count ? left : count;
+      const Acc value =
+          load_as<Acc>(view.data, view.dtype, image * view.image_stride + index * stride);
+      while (at < end) row[at++] = value;
+    }
+    for (int64_t at = count; at % kBlock != 0; ++at) row[at] = 0;
+  }
+
+  // The caller's weights of a block, `at` cells from the chunk's first, `begin`; null: there are
+  // none.
+  const Acc* weights(int64_t image, int64_t map, int64_t begin, int64_t at, int size,
+                     const Rows& rows, Acc (&converted)[kBlock]) const {
+    if (!kGiven || !pass_.weight) return nullptr;
+    if (weight_is_per_cell_) return rows.weights + at;
+    if (pass_.weight.dtype == DTypeOf<Acc>::value && pass_.weight.cell_strides[0] == 1 &&
+        size == kBlock) {
+      return place<const Acc>(pass_.weight, image, map, begin + at);
+    }
+    convert_block(pass_.weight, image, map, begin + at, size, converted);
+    return converted;
+  }
+
+  // What the caller says of a block's kinds; null: nothing.
+  const Acc* positives(const Rows& rows, int64_t at) const {
+    return kGiven && pass_.positive ? rows.positives + at : nullptr;
+  }
+
+  // The kinds of the cells of a vector. `positives`, if not null, are those that the caller gave.
+  template <typename V>
+  static auto kinds_of(const PassConstants<V>& constants, const Target* confidences,
+                       const Acc* positives) {
+    const V confidence = load<Acc>(confidences);
+    if (kGiven && positives) return kind_of(constants, confidence, load<Acc>(positives) != V{});
+    return kind_of(constants, confidence);
+  }
 
   static int block_size(int64_t left) { return left < kBlock ? static_cast<int>(left) : kBlock; }
 
@@ -295,29 +393,35 @@ class Loops {
     using V = Vector<Acc>;
 
    public:
-    explicit ConfidenceBlocks(const Loops& loops) : constants_(splat(loops.constants_)) {}
+    explicit ConfidenceBlocks(const Loops& loops)
+        : constants_(splat(loops.constants_)), weight_is_per_cell_(loops.weight_is_per_cell_) {}
 
-    // Gradients and, if wanted, errors of a block's first `size` cells; the positive ones, as bits.
-    // `scale`, if not null, is what the gradients are multiplied by.
-    uint32_t compute(const Pred* pred, const Target* target, const Target* kinds, const Acc* scale,
-                     int size, Pred* grads, Acc* errors, CellSums& sums) {
-      uint32_t positive_cells = 0;
+    // Gradients and, if wanted, errors of a block's first `size` cells; those whose pose counts, as
+    // bits. `scale`, if not null, is what the gradients are multiplied by.
+    uint32_t compute(const Pred* pred, const Target* target, const Target* kinds,
+                     const Acc* positives, const Acc* weights, const Acc* scale, int size,
+                     Pred* grads, Acc* errors, CellSums& sums) {
+      uint32_t positive_cells = 0, pose_cells = 0;
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        auto kind = kind_of(constants_, load<Acc>(kinds + i));
-        kind.counted &= is_inside<Acc>(i, size);
+        const auto kind = kinds_of(constants_, kinds + i, positives ? positives + i : nullptr);
+        auto counted = kind.counted & is_inside<Acc>(i, size);
         auto weight = confidence_weight(constants_, kind);
         if (scale) weight.coefficient *= load<Acc>(scale + i);
+        if (kGiven && weights) apply_weight(load<Acc>(weights + i), weight, counted);
         const auto [error, grad] =
-            element(kind.counted, weight, load<Acc>(pred + i) - load<Acc>(target + i));
+            element(counted, weight, load<Acc>(pred + i) - load<Acc>(target + i));
         store<Acc>(grads + i, grad);
         if (errors) store<Acc>(errors + i, error);
         positive_errors_[i / kLanes<Acc>] += kind.positive ? error : V{};
         negative_errors_[i / kLanes<Acc>] += kind.positive ? V{} : error;
-        positive_cells |= bits_of(kind.positive) << i;
+        const uint32_t positive = bits_of(kind.positive & counted) << i;
+        positive_cells |= positive;
+        pose_cells |=
+            kGiven && weights && !weight_is_per_cell_ ? bits_of(kind.positive) << i : positive;
       }
       sums.num_positive += __builtin_popcount(positive_cells);
       if (++num_blocks_ % kBlocksBetweenFlushes == 0) flush(sums);
-      return positive_cells;
+      return pose_cells;
     }
 
     void flush(CellSums& sums) {
@@ -327,9 +431,22 @@ class Loops {
 
    private:
     const PassConstants<V> constants_;
+    const bool weight_is_per_cell_;
     BlockErrors<Acc> positive_errors_ = {}, negative_errors_ = {};
     int num_blocks_ = 0;
   };
+
+  // Without kinds: lists the blocks that have an element which counts.
+  void list_blocks(int64_t count, Rows& rows) const {
+    for (int64_t at = 0; at < count; at += kBlock) {
+      uint32_t counted = weight_is_per_cell_ ? 0 : 1;
+      for (int i = 0; weight_is_per_cell_ && i < kBlock; i += kLanes<Acc>) {
+        counted |= bits_of(load<Acc>(rows.weights + at + i) != Vector<Acc>{});
+      }
+      rows.pose_blocks[rows.num_pose_blocks] = static_cast<int>(at);
+      rows.num_pose_blocks += counted != 0;
+    }
+  }
 
   // Confidences of `count` cells: lists the blocks that have a positive cell.
   void confidences(int64_t image, int64_t begin, int64_t count, Rows& rows, CellSums& sums) const {
@@ -340,17 +457,18 @@ class Loops {
     Acc* errors = per_element_error_ ? rows.errors : per_cell_error_ ? rows.cell_errors : nullptr;
     Pred padded_pred[kBlock];
     Target padded_target[kBlock], padded_kinds[kBlock];
-    Acc padded_scale[kBlock];
+    Acc padded_scale[kBlock], converted_weights[kBlock];
     ConfidenceBlocks blocks(*this);
     for (int64_t at = 0; at < count; at += kBlock) {
       const int size = block_size(count - at);
-      const uint32_t positive_cells = blocks.compute(
+      const uint32_t pose_cells = blocks.compute(
           block_of(preds + at, size, padded_pred), block_of(targets + at, size, padded_target),
-          block_of(kinds + at, size, padded_kinds),
+          block_of(kinds + at, size, padded_kinds), positives(rows, at),
+          weights(image, map, begin, at, size, rows, converted_weights),
           scales(image, map, begin + at, size, padded_scale), size, rows.grads + at,
           errors ? errors + at : nullptr, sums);
-      rows.positive_blocks[rows.num_positive_blocks] = static_cast<int>(at);
-      rows.num_positive_blocks += positive_cells != 0;
+      rows.pose_blocks[rows.num_pose_blocks] = static_cast<int>(at);
+      rows.num_pose_blocks += pose_cells != 0;
     }
     blocks.flush(sums);
   }
@@ -359,15 +477,15 @@ class Loops {
   // inlined: GCC 12 takes a call that does nothing but prefetch for one without an effect.
   __attribute__((always_inline)) void ask_ahead(const Rows& rows, int block, const Pred* preds,
                                                 const Target* targets) const {
-    const int ahead = block + kBlocksAhead, beyond = ahead - rows.num_positive_blocks;
+    const int ahead = block + kBlocksAhead, beyond = ahead - rows.num_pose_blocks;
     const bool in_next_map = beyond >= 0;
     const int in_next = beyond < block ? beyond : block;
-    const int at = rows.positive_blocks[in_next_map ? in_next : ahead];
+    const int at = rows.pose_blocks[in_next_map ? in_next : ahead];
     __builtin_prefetch(preds + at + (in_next_map ? pass_.pred.map_stride : 0));
     __builtin_prefetch(targets + at + (in_next_map ? pass_.target.map_stride : 0));
   }
 
-  // One pose map of the blocks that have a positive cell.
+  // One pose map of the blocks that are listed.
   void pose(int64_t image, int64_t map, int64_t begin, int64_t count, Rows& rows,
             CellSums& sums) const {
     using V = Vector<Acc>;
@@ -375,26 +493,35 @@ class Loops {
     const PassConstants<V> constants = splat(constants_);
     const Pred* preds = place<const Pred>(pass_.pred, image, map, begin);
     const Target* targets = place<const Target>(pass_.target, image, map, begin);
-    const Target* all_kinds = place<const Target>(pass_.kinds, image, 0, begin);
+    const Target* all_kinds =
+        has_kinds() ? place<const Target>(pass_.kinds, image, 0, begin) : nullptr;
     Pred padded_pred[kBlock];
     Target padded_target[kBlock], padded_kinds[kBlock];
-    Acc padded_scale[kBlock];
+    Acc padded_scale[kBlock], converted_weights[kBlock];
     BlockErrors<Acc> errors = {};
-    const int num_blocks = rows.num_positive_blocks;
+    const int num_blocks = rows.num_pose_blocks;
     for (int block = 0; block < num_blocks; ++block) {
       ask_ahead(rows, block, preds, targets);
-      const int64_t at = rows.positive_blocks[block];
+      const int64_t at = rows.pose_blocks[block];
       const int size = block_size(count - at);
       const Pred* pred = block_of(preds + at, size, padded_pred);
       const Target* target = block_of(targets + at, size, padded_target);
-      const Target* kinds = block_of(all_kinds + at, size, padded_kinds);
+      const Target* kinds = has_kinds() ? block_of(all_kinds + at, size, padded_kinds) : nullptr;
+      const Acc* positive = positives(rows, at);
+      const Acc* given = weights(image, map, begin, at, size, rows, converted_weights);
       const Acc* scale = scales(image, map, begin + at, size, padded_scale);
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
-        const auto kind = kind_of(constants, load<Acc>(kinds + i));
+        decltype(V{} < V{}) counted;
+        if (has_kinds()) {
+          counted = kinds_of(constants, kinds + i, positive ? positive + i : nullptr).positive;
+        } else {
+          counted = size == kBlock ? V{} == V{} : is_inside<Acc>(i, size);
+        }
         ElementWeight<V> scaled = weight;
         if (scale) scaled.coefficient *= load<Acc>(scale + i);
+        if (kGiven && given) apply_weight(load<Acc>(given + i), scaled, counted);
         const auto [error, grad] =
-            element(kind.positive, scaled, load<Acc>(pred + i) - load<Acc>(target + i));
+            element(counted, scaled, load<Acc>(pred + i) - load<Acc>(target + i));
         store<Acc>(rows.grads + at + i, grad);
         errors[i / kLanes<Acc>] += error;
         if (per_element_error_) store<Acc>(rows.errors + at + i, error);
@@ -417,12 +544,12 @@ class Loops {
     }
     if (!pass_.grad) return;
     Pred* grads = place<Pred>(pass_.grad, image, map, begin);
-    if (!pass_.grad_is_for_one || map == pass_.grid.maps - 1) {
+    if (!pass_.grad_is_for_one || map >= pass_.num_pose_maps()) {
       store_row(grads, rows.grads, count * sizeof(Pred), stream_);
       return;
     }
-    for (int block = 0; block < rows.num_positive_blocks; ++block) {
-      const int64_t at = rows.positive_blocks[block];
+    for (int block = 0; block < rows.num_pose_blocks; ++block) {
+      const int64_t at = rows.pose_blocks[block];
       memcpy(grads + at, rows.grads + at, block_size(count - at) * sizeof(Pred));
     }
   }
@@ -434,25 +561,50 @@ class Loops {
     return block_of(place<const Acc>(pass_.grad_output, image, map, cell), size, padded);
   }
 
+  // The caller's weight of an element, by its cell's number in its image.
+  void apply_strided_weight(int64_t image, int64_t cell, int64_t map, ElementWeight<Acc>& weight,
+                            bool& counted) const {
+    const TensorView& view = pass_.weight;
+    const int64_t index = pass_.weight_offset(image, cell) + map * view.map_stride;
+    apply_weight(load_as<Acc>(view.data, view.dtype, index), weight, counted);
+  }
+
+  // The confidences of the first `size` cells from `cell` on, whatever their strides; the cells
+  // whose pose counts, as bits.
+  uint32_t strided_confidences(int64_t image, int64_t cell, int size, Pred (&grads)[kBlock],
+                               Acc (&errors)[kBlock], ConfidenceBlocks& confidences,
+                               CellSums& sums) const {
+    const int64_t map = pass_.grid.maps - 1;
+    Pred preds[kBlock] = {};
+    Target targets[kBlock] = {}, kinds[kBlock] = {};
+    Acc scale[kBlock] = {}, positives[kBlock] = {}, weights[kBlock] = {};
+    const auto element_of = [&](const TensorView& view, int64_t of_cell) {
+      const int64_t index = view.cell_offset(pass_.grid, image, of_cell) + map * view.map_stride;
+      return load_as<Acc>(view.data, view.dtype, index);
+    };
+    for (int i = 0; i < size; ++i) {
+      preds[i] = at<Pred>(pass_.pred, image, cell + i)[map * pass_.pred.map_stride];
+      targets[i] = at<Target>(pass_.target, image, cell + i)[map * pass_.target.map_stride];
+      kinds[i] = *at<Target>(pass_.kinds, image, cell + i);
+      if (per_cell_) scale[i] = element_of(pass_.grad_output, cell + i);
+      if (kGiven && pass_.positive) positives[i] = element_of(pass_.positive, cell + i);
+      if (kGiven && pass_.weight) weights[i] = element_of(pass_.weight, cell + i);
+    }
+    return confidences.compute(preds, targets, kinds, pass_.positive ? positives : nullptr,
+                               pass_.weight ? weights : nullptr, per_cell_ ? scale : nullptr, size,
+                               grads, errors, sums);
+  }
+
   // The first `size` cells from `cell` on, whatever their strides.
   void strided_block(int64_t image, int64_t cell, int size, ConfidenceBlocks& confidences,
                      CellSums& sums) const {
-    const int64_t maps = pass_.grid.maps, last_map = maps - 1;
-    Pred preds[kBlock] = {};
-    Target targets[kBlock] = {}, kinds[kBlock] = {};
-    Acc scale[kBlock] = {}, errors[kBlock];
+    const int64_t maps = pass_.grid.maps, pose_maps = pass_.num_pose_maps();
     Pred grads[kBlock];
-    for (int i = 0; i < size; ++i) {
-      preds[i] = at<Pred>(pass_.pred, image, cell + i)[last_map * pass_.pred.map_stride];
-      targets[i] = at<Target>(pass_.target, image, cell + i)[last_map * pass_.target.map_stride];
-      kinds[i] = *at<Target>(pass_.kinds, image, cell + i);
-      if (per_cell_) {
-        const Acc* all = at<Acc>(pass_.grad_output, image, cell + i);
-        scale[i] = all[last_map * pass_.grad_output.map_stride];
-      }
+    Acc errors[kBlock] = {};
+    uint32_t pose_cells = ~0u;
+    if (has_kinds()) {
+      pose_cells = strided_confidences(image, cell, size, grads, errors, confidences, sums);
     }
-    const uint32_t positive_cells = confidences.compute(
-        preds, targets, kinds, per_cell_ ? scale : nullptr, size, grads, errors, sums);
     bool write_zeros = !pass_.grad_is_for_one;
     if (write_zeros && grad_is_interleaved_) {
       memset(at<Pred>(pass_.grad, image, cell), 0, size * maps * sizeof(Pred));
@@ -462,35 +614,40 @@ class Loops {
       Pred* grad = at<Pred>(pass_.grad, image, cell + i);
       Acc* error = at<Acc>(pass_.errors, image, cell + i);
       double pose_error = 0;
-      if (positive_cells >> i & 1u) {
+      if (pose_cells >> i & 1u) {
         pose_error = strided_pose(image, cell + i, grad, error);
         sums.coord.lanes[i] += pose_error;
       } else {
         if (grad && write_zeros) {
-          for (int64_t map = 0; map < last_map; ++map) grad[map * pass_.grad.map_stride] = Pred{};
+          for (int64_t map = 0; map < pose_maps; ++map) grad[map * pass_.grad.map_stride] = Pred{};
         }
         if (per_element_error_) {
-          for (int64_t map = 0; map < last_map; ++map) error[map * pass_.errors.map_stride] = 0;
+          for (int64_t map = 0; map < pose_maps; ++map) error[map * pass_.errors.map_stride] = 0;
         }
       }
-      if (grad) grad[last_map * pass_.grad.map_stride] = grads[i];
-      if (per_element_error_) error[last_map * pass_.errors.map_stride] = errors[i];
-      if (per_cell_error_) *error = static_cast<Acc>((pose_error + errors[i]) / pass_.divisor);
+      if (has_kinds()) {
+        if (grad) grad[pose_maps * pass_.grad.map_stride] = grads[i];
+        if (per_element_error_) error[pose_maps * pass_.errors.map_stride] = errors[i];
+      }
+      if (per_cell_error_)
+        *error = static_cast<Acc>((pose_error + errors[i]) / pass_.divisor.number);
     }
   }
 
-  // The pose of a positive cell; the sum of its errors.
+  // The pose of a cell; the sum of its errors.
   double strided_pose(int64_t image, int64_t cell, Pred* grad, Acc* errors) const {
     const Pred* pred = at<Pred>(pass_.pred, image, cell);
     const Target* target = at<Target>(pass_.target, image, cell);
     const Acc* scale = per_cell_ ? at<Acc>(pass_.grad_output, image, cell) : nullptr;
     double sum = 0;
-    for (int64_t map = 0; map < pass_.grid.maps - 1; ++map) {
+    for (int64_t map = 0; map < pass_.num_pose_maps(); ++map) {
+      bool counted = true;
       ElementWeight<Acc> weight = pose_weight(map);
       if (scale) weight.coefficient *= scale[map * pass_.grad_output.map_stride];
+      if (kGiven && pass_.weight) apply_strided_weight(image, cell, map, weight, counted);
       const Acc difference = Convert<Acc>::from(pred[map * pass_.pred.map_stride]) -
                              Convert<Acc>::from(target[map * pass_.target.map_stride]);
-      const auto [error, gradient] = element(true, weight, difference);
+      const auto [error, gradient] = element(counted, weight, difference);
       sum += error;
       if (grad) grad[map * pass_.grad.map_stride] = Convert<Pred>::from(gradient);
       if (per_element_error_) errors[map * pass_.errors.map_stride] = error;
@@ -500,16 +657,17 @@ class Loops {
 
   const LossPass pass_;
   const PassConstants<Acc> constants_;
-  const bool per_cell_;           // grad_output differs from cell to cell
-  const bool per_cell_error_;     // "cell"
-  const bool per_element_error_;  // "none"
+  const bool per_cell_;            // grad_output differs from cell to cell
+  const bool per_cell_error_;      // "cell"
+  const bool per_element_error_;   // "none"
+  const bool weight_is_per_cell_;  // the caller's, if there is one: it is the same for all maps
   const bool grad_is_interleaved_;
   const bool stream_;
 };
 
-template <typename Acc, typename Pred, typename Target>
-void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
-  const Loops<Acc, Pred, Target> loops(plan);
+template <typename Acc, typename Pred, typename Target, bool kGiven>
+void run_loops(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
+  const Loops<Acc, Pred, Target, kGiven> loops(plan);
   const Grid& grid = plan.pass.grid;
   const int64_t all_cells = grid.images * grid.cells;
   for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -536,6 +694,23 @@ void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sum
 #endif
 }
 
+// The pairs of dtypes that training meets; the others have no loops of their own for want of a
+// weight.
+template <typename Pred, typename Target>
+constexpr bool is_common = DTypeOf<Pred>::value == DTypeOf<Target>::value ||
+                           (DTypeOf<Target>::value == DType::float32 && sizeof(Pred) == 2);
+
+template <typename Acc, typename Pred, typename Target>
+void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
+  const LossPass& pass = plan.pass;
+  if constexpr (is_common<Pred, Target>) {
+    if (pass.has_kinds && !pass.weight && !pass.positive) {
+      return run_loops<Acc, Pred, Target, false>(plan, first, last, sums);
+    }
+  }
+  run_loops<Acc, Pred, Target, true>(plan, first, last, sums);
+}
+
 template <typename Pred>
 void run_chunks_of_pred(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
   switch (plan.pass.target.dtype) {
@@ -559,6 +734,8 @@ void run_chunks_of_pred(const ChunkPlan& plan, int64_t first, int64_t last, Sums
       } else {
         return run_chunks_of<float, Pred, BFloat16>(plan, first, last, sums);
       }
+    case DType::boolean:  // a weight's only
+      return;
   }
 }
 
@@ -575,6 +752,8 @@ void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) 
       return run_chunks_of_pred<Half>(plan, first, last, sums);
     case DType::bfloat16:
       return run_chunks_of_pred<BFloat16>(plan, first, last, sums);
+    case DType::boolean:
+      return;
   }
 }
 
