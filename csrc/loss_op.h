@@ -320,6 +320,7 @@ class PassBuilder {
     if (given.weight) grid_.add(pass.weight, *given.weight, "weight", Elements::floating_or_bool);
     if (given.positive) {
       grid_.add_per_cell(pass.positive, *given.positive, "positive", Elements::floating_or_bool);
+      STD_TORCH_CHECK(pass.positive.dtype == DType::boolean, "positive must be bool");
     }
     const bool wide = is_double(pass.pred.dtype, pass.target.dtype);
     sum_dtype = wide ? ScalarType::Double : ScalarType::Float;

@@ -88,6 +88,8 @@ struct LossPass {
   bool grad_is_for_one = false;  // `grad` holds the gradient for a grad_output of 1 (undivided
                                  // by a number of cells): only what may change is to be written
 
+  // Kinds by the confidence, and no weight of the caller's.
+  FCRN_HD bool is_plain() const { return has_kinds && !positive && !weight; }
   FCRN_HD int64_t num_pose_maps() const { return has_kinds ? grid.maps - 1 : grid.maps; }
 
   // Where the weight of map 0 of a cell lies.

@@ -702,9 +702,8 @@ constexpr bool is_common = DTypeOf<Pred>::value == DTypeOf<Target>::value ||
 
 template <typename Acc, typename Pred, typename Target>
 void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
-  const LossPass& pass = plan.pass;
   if constexpr (is_common<Pred, Target>) {
-    if (pass.has_kinds && !pass.weight && !pass.positive) {
+    if (plan.pass.is_plain()) {
       return run_loops<Acc, Pred, Target, false>(plan, first, last, sums);
     }
   }

@@ -3,8 +3,10 @@
 //
 // Three kernels do a pass, and each writes the gradient and takes the sums in the same launch:
 //
-//   planar       a thread takes 16 bytes of cells; where none of them is positive it reads the two
-//                confidences and writes the gradient, 36 bytes a cell in float32
+//   planar       a thread takes 16 bytes of cells; where the pose of none of them counts it reads
+//   the
+//                two confidences and writes the gradient, 36 bytes a cell in float32; compiled a
+//                second time (kGiven) for weights and kinds of the caller's, and for none
 //   interleaved  channels-last: a thread takes 16 bytes of elements, 84 bytes a cell in float32
 //   strided      whatever is left (odd planes, misaligned pointers, float64, mixed layouts): a
 //                thread takes a cell, element by element
@@ -120,58 +122,119 @@ __device__ __forceinline__ T* at(const TensorView& view, uint32_t image, uint32_
 
 // ---- planar: V cells of one image ---------------------------------------------------------------
 
-template <typename Acc, typename Pred, typename Target, bool kForward>
+// What the caller says of V cells that lie side by side, from one map of `view`; `repeat` of them
+// share an element.
+template <typename T, typename Acc, int V>
+__device__ __forceinline__ void load_given_as(const TensorView& view, uint32_t repeat,
+                                              uint32_t image, uint32_t map, uint32_t cell,
+                                              Acc (&to)[V]) {
+  const T* from = at<const T>(view, image, map, 0);
+  const auto stride = static_cast<uint32_t>(view.cell_strides[0]);
+  const bool all_one = stride == 0 || repeat % V == 0;
+  to[0] = Convert<Acc>::from(from[cell / repeat * stride]);
+#pragma unroll
+  for (int i = 1; i < V; ++i) {
+    to[i] = all_one ? to[0] : Convert<Acc>::from(from[(cell + i) / repeat * stride]);
+  }
+}
+
+template <typename Acc, int V>
+__device__ __forceinline__ void load_given(const TensorView& view, uint32_t repeat, uint32_t image,
+                                           uint32_t map, uint32_t cell, Acc (&to)[V]) {
+  switch (view.dtype) {
+    case DType::float64:
+      return load_given_as<double>(view, repeat, image, map, cell, to);
+    case DType::float32:
+      return load_given_as<float>(view, repeat, image, map, cell, to);
+    case DType::float16:
+      return load_given_as<Half>(view, repeat, image, map, cell, to);
+    case DType::bfloat16:
+      return load_given_as<BFloat16>(view, repeat, image, map, cell, to);
+    case DType::boolean:
+      return load_given_as<Bool>(view, repeat, image, map, cell, to);
+  }
+}
+
+template <typename Acc, typename Pred, typename Target, bool kForward, bool kGiven>
 __device__ __forceinline__ void planar_cells(const LossPass& pass,
                                              const PassConstants<Acc>& constants, uint32_t image,
                                              uint32_t cell, Sums& sums) {
   constexpr int V = kVector<Pred, Target>;
-  const uint32_t last_map = static_cast<uint32_t>(pass.grid.maps - 1);
+  const bool has_kinds = !kGiven || pass.has_kinds;
+  const bool has_weight = kGiven && pass.weight;
+  const bool weight_is_per_cell = has_weight && pass.weight.map_stride == 0;
+  const uint32_t pose_maps =
+      static_cast<uint32_t>(kGiven ? pass.num_pose_maps() : pass.grid.maps - 1);
   const bool per_cell = !kForward && pass.has_grad_output_per_cell();
-  Acc pred[V], target[V], error[V], grad[V], cell_error[V], scale[V];
-  bool positive[V];
-  load(at<const Pred>(pass.pred, image, last_map, cell), pred);
-  load(at<const Target>(pass.target, image, last_map, cell), target);
-  if (per_cell) load(at<const Acc>(pass.grad_output, image, last_map, cell), scale);
-  bool any_positive = false;
-  Acc positive_error = 0, negative_error = 0;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const auto kind = kind_of(constants, target[i]);
-    auto weight = confidence_weight(constants, kind);
-    if (per_cell) weight.coefficient *= scale[i];
-    const auto result = element(kind.counted, weight, pred[i] - target[i]);
-    positive[i] = kind.positive;
-    any_positive |= positive[i];
-    error[i] = cell_error[i] = result.error;
-    grad[i] = result.gradient;
-    positive_error += positive[i] ? error[i] : Acc(0);
-    negative_error += positive[i] ? Acc(0) : error[i];
-    if (kForward) sums.num_positive += positive[i];
-  }
-  if (kForward) {
-    sums.negative_conf += negative_error;
-    if (any_positive) sums.positive_conf += positive_error;
-  }
   const bool element_errors = kForward && pass.errors && pass.output == Output::element;
-  if (pass.grad) store(at<Pred>(pass.grad, image, last_map, cell), grad);
-  if (element_errors) store(at<Acc>(pass.errors, image, last_map, cell), error);
+  Acc pred[V], target[V], error[V], grad[V], scale[V], given[V];
+  Acc cell_error[V] = {};
+  bool has_pose[V];
+  bool any_pose = false;
+  if (weight_is_per_cell) {
+    load_given(pass.weight, static_cast<uint32_t>(pass.weight_repeat), image, 0, cell, given);
+  }
+  if (has_kinds) {
+    load(at<const Pred>(pass.pred, image, pose_maps, cell), pred);
+    load(at<const Target>(pass.target, image, pose_maps, cell), target);
+    if (per_cell) load(at<const Acc>(pass.grad_output, image, pose_maps, cell), scale);
+    if (has_weight && !weight_is_per_cell) {
+      load_given(pass.weight, 1, image, pose_maps, cell, given);
+    }
+    const bool has_positive = kGiven && pass.positive;
+    Acc given_positive[V];
+    if (has_positive) load_given_as<Bool>(pass.positive, 1, image, 0, cell, given_positive);
+    Acc positive_error = 0, negative_error = 0;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const auto kind = has_positive ? kind_of(constants, target[i], given_positive[i] != Acc(0))
+                                     : kind_of(constants, target[i]);
+      auto weight = confidence_weight(constants, kind);
+      bool counted = kind.counted;
+      if (per_cell) weight.coefficient *= scale[i];
+      if (has_weight) apply_weight(given[i], weight, counted);
+      const auto result = element(counted, weight, pred[i] - target[i]);
+      has_pose[i] = kind.positive && (!weight_is_per_cell || counted);
+      any_pose |= has_pose[i];
+      error[i] = cell_error[i] = result.error;
+      grad[i] = result.gradient;
+      positive_error += kind.positive ? error[i] : Acc(0);
+      negative_error += kind.positive ? Acc(0) : error[i];
+      if (kForward) sums.num_positive += kind.positive && counted;
+    }
+    if (kForward) {
+      sums.negative_conf += negative_error;
+      if (kGiven || any_pose) sums.positive_conf += positive_error;
+    }
+    if (pass.grad) store(at<Pred>(pass.grad, image, pose_maps, cell), grad);
+    if (element_errors) store(at<Acc>(pass.errors, image, pose_maps, cell), error);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      has_pose[i] = !has_weight || given[i] != Acc(0);
+      any_pose |= has_pose[i];
+    }
+  }
 
   const bool write_zeros = !pass.grad_is_for_one;
-  for (uint32_t map = 0; map < last_map; ++map) {
+  for (uint32_t map = 0; map < pose_maps; ++map) {
 #pragma unroll
     for (int i = 0; i < V; ++i) error[i] = grad[i] = 0;
-    if (any_positive) {
+    if (any_pose) {
       const auto of_map =
           ElementWeight<Acc>::of(pass.coord_weights.value(map), constants.dloss_derror);
       load(at<const Pred>(pass.pred, image, map, cell), pred);
       load(at<const Target>(pass.target, image, map, cell), target);
       if (per_cell) load(at<const Acc>(pass.grad_output, image, map, cell), scale);
+      if (has_weight && !weight_is_per_cell) load_given(pass.weight, 1, image, map, cell, given);
       Acc map_error = 0;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         auto weight = of_map;
+        bool counted = has_pose[i];
         if (per_cell) weight.coefficient *= scale[i];
-        const auto result = element(positive[i], weight, pred[i] - target[i]);
+        if (has_weight) apply_weight(given[i], weight, counted);
+        const auto result = element(counted, weight, pred[i] - target[i]);
         error[i] = result.error;
         grad[i] = result.gradient;
         cell_error[i] += error[i];
@@ -179,14 +242,14 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
       }
       if (kForward) sums.coord += map_error;
     }
-    if (pass.grad && (any_positive || write_zeros)) {
+    if (pass.grad && (any_pose || write_zeros)) {
       store(at<Pred>(pass.grad, image, map, cell), grad);
     }
     if (element_errors) store(at<Acc>(pass.errors, image, map, cell), error);
   }
   if (kForward && pass.errors && pass.output == Output::cell) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.divisor);
+    for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.divisor.number);
     store(at<Acc>(pass.errors, image, 0, cell), cell_error);
   }
 }
@@ -248,7 +311,8 @@ template <typename Acc, typename Index, bool kForward>
 __device__ __forceinline__ void strided_cell(const LossPass& pass,
                                              const PassConstants<Acc>& constants, Index image,
                                              Index cell, Sums& sums) {
-  const Index last_map = static_cast<Index>(pass.grid.maps - 1);
+  const Index maps = static_cast<Index>(pass.grid.maps);
+  const Index pose_maps = static_cast<Index>(pass.num_pose_maps());
   const auto offset = [&](const TensorView& view) {
     return view ? view.cell_offset(pass.grid, image, cell) : Index(0);
   };
@@ -256,6 +320,7 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
   const Index pred_cell = offset(pass.pred), target_cell = offset(pass.target);
   const Index grad_cell = offset(pass.grad), errors_cell = offset(pass.errors);
   const Index scale_cell = per_cell ? offset(pass.grad_output) : Index(0);
+  const Index weight_cell = pass.weight ? pass.weight_offset(image, cell) : Index(0);
   const auto load_element = [&](const TensorView& view, Index cell_at, Index map) {
     return load_as<Acc>(view.data, view.dtype, cell_at + map * static_cast<Index>(view.map_stride));
   };
@@ -263,37 +328,49 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
     store_as(view.data, view.dtype, cell_at + map * static_cast<Index>(view.map_stride), value);
   };
   const bool element_errors = kForward && pass.errors && pass.output == Output::element;
-  // Computes and writes the element of a map; its error.
-  const auto do_element = [&](Index map, bool counted, ElementWeight<Acc> weight) {
+  // Computes and writes the element of a map; its error. Whether it counts is for the weight to
+  // say.
+  const auto do_element = [&](Index map, bool& counted, ElementWeight<Acc> weight) {
     Element<Acc> result = {0, 0};
+    if (counted && pass.weight) {
+      apply_weight(load_element(pass.weight, weight_cell, map), weight, counted);
+    }
     if (counted) {
       if (per_cell) weight.coefficient *= load_element(pass.grad_output, scale_cell, map);
       const Acc pred = load_element(pass.pred, pred_cell, map);
       result = element(true, weight, pred - load_element(pass.target, target_cell, map));
     }
-    if (pass.grad && (counted || map == last_map || !pass.grad_is_for_one)) {
+    if (pass.grad && (counted || map == pose_maps || !pass.grad_is_for_one)) {
       store_element(pass.grad, grad_cell, map, result.gradient);
     }
     if (element_errors) store_element(pass.errors, errors_cell, map, result.error);
     return result.error;
   };
 
-  const auto kind = kind_of(constants, load_element(pass.kinds, offset(pass.kinds), 0));
-  Acc pose_error = 0;
-  for (Index map = 0; map < last_map; ++map) {
+  Kind<bool> kind = {true, true};
+  if (pass.has_kinds) {
+    const Acc confidence = load_element(pass.kinds, offset(pass.kinds), 0);
+    kind = pass.positive ? kind_of(constants, confidence,
+                                   load_element(pass.positive, offset(pass.positive), 0) != Acc(0))
+                         : kind_of(constants, confidence);
+  }
+  Acc pose_error = 0, error = 0;
+  for (Index map = 0; map < pose_maps; ++map) {
+    bool counted = kind.positive;
     pose_error +=
-        do_element(map, kind.positive,
+        do_element(map, counted,
                    ElementWeight<Acc>::of(pass.coord_weights.value(map), constants.dloss_derror));
   }
-  const Acc error = do_element(last_map, kind.counted, confidence_weight(constants, kind));
+  bool counted = kind.counted;
+  if (pose_maps < maps) error = do_element(pose_maps, counted, confidence_weight(constants, kind));
   if (kForward) {
     sums.coord += pose_error;
     (kind.positive ? sums.positive_conf : sums.negative_conf) += error;
-    sums.num_positive += kind.positive;
+    sums.num_positive += kind.positive && counted;
   }
   if (kForward && pass.errors && pass.output == Output::cell) {
     store_element(pass.errors, errors_cell, 0,
-                  (pose_error + error) / static_cast<Acc>(pass.divisor));
+                  (pose_error + error) / static_cast<Acc>(pass.divisor.number));
   }
 }
 
@@ -302,8 +379,8 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
 // Each takes a 1-d grid of kThreads threads; its index must hold every offset in every tensor. A
 // forward pass takes the sums, a backward pass (kForward false) writes a gradient only.
 
-template <typename Acc, typename Pred, typename Target, bool kForward>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+template <typename Acc, typename Pred, typename Target, bool kForward, bool kGiven>
+__global__ void __launch_bounds__(kThreads, kGiven ? 2 : kResidentBlocks)
     planar_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   if (pass.has_nothing_to_do()) return;
   const PassConstants<Acc> constants = pass.constants<Acc>();
@@ -315,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
        vector += uint32_t(gridDim.x) * kThreads) {
     const uint32_t image = vector / vectors_per_image;
     const uint32_t cell = (vector - image * vectors_per_image) * V;
-    planar_cells<Acc, Pred, Target, kForward>(pass, constants, image, cell, sums);
+    planar_cells<Acc, Pred, Target, kForward, kGiven>(pass, constants, image, cell, sums);
   }
   if (kForward && pass.wants_sums()) finish<Acc>(pass, workspace, sums);
 }
@@ -355,12 +432,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 
 inline bool fits_32_bits(const LossPass& pass) {
   const Grid& grid = pass.grid;
-  return pass.all_views([&](const TensorView& view) {
+  const auto fits = [&](const TensorView& view) {
     // room for one more stride of the largest grid, so that no counter wraps
     int64_t last = (grid.images - 1) * view.image_stride + (grid.maps - 1) * view.map_stride;
     for (int i = 0; i < grid.spatial_dims; ++i) last += (grid.sizes[i] - 1) * view.cell_strides[i];
     return last < (int64_t{1} << 31) - 1;
-  }) && grid.images * grid.cells * grid.maps < (int64_t{1} << 31) - 1;
+  };
+  return pass.all_views(fits) && fits(pass.weight) && fits(pass.positive) &&
+         grid.images * grid.cells * grid.maps < (int64_t{1} << 31) - 1;
 }
 
 // Whether V cells (planar) or elements (interleaved) can be moved in 16-byte units everywhere.
@@ -373,7 +452,7 @@ inline bool is_vector_planar(const LossPass& pass, int v) {
 }
 
 inline bool is_vector_interleaved(const LossPass& pass, int v) {
-  return !pass.has_grad_output_per_cell() && pass.output != Output::cell &&
+  return pass.is_plain() && !pass.has_grad_output_per_cell() && pass.output != Output::cell &&
          pass.grid.cells * pass.grid.maps % v == 0 && pass.all_views([&](const TensorView& view) {
            return view.is_interleaved(pass.grid) &&
                   reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
@@ -405,7 +484,12 @@ bool run_vector(const LossPass& pass, int num_multiprocessors, Launch&& launch) 
   constexpr int V = kVector<Pred, Target>;
   const int64_t cells = pass.grid.images * pass.grid.cells;
   if (is_vector_planar(pass, V)) {
-    launch(planar_kernel<Acc, Pred, Target, kForward>, num_blocks(cells / V, num_multiprocessors));
+    const unsigned blocks = num_blocks(cells / V, num_multiprocessors);
+    if (pass.is_plain()) {
+      launch(planar_kernel<Acc, Pred, Target, kForward, false>, blocks);
+    } else {
+      launch(planar_kernel<Acc, Pred, Target, kForward, true>, blocks);
+    }
     return true;
   }
   if (is_vector_interleaved(pass, V)) {
