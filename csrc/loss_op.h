@@ -296,8 +296,8 @@ inline void* numbers_in(const OptionalTensor& tensor, int64_t count, const Tenso
   STD_TORCH_CHECK(tensor->numel() == count && tensor->is_contiguous() &&
                       tensor->scalar_type() == dtype && on_same_device(*tensor, pred),
                   name, " must hold ", count,
-                  " numbers, on the device of pred; parts and a loss in ",
-                  "the dtype of the sums, num_positive in int64");
+                  " numbers, on the device of pred; parts and a loss in the dtype of ",
+                  "the sums, num_positive in int64, weight_sum in float64");
   return tensor->mutable_data_ptr();
 }
 
@@ -312,8 +312,9 @@ class PassBuilder {
     STD_TORCH_CHECK(given.output >= 0 && given.output <= static_cast<int64_t>(Output::element),
                     "output must be 0, 1 or 2");
     pass.output = static_cast<Output>(given.output);
-    pass.divisor.number = static_cast<double>(given.divisor);
-    if (given.weight_sum) pass.divisor = number_in(*given.weight_sum, given.pred, "weight_sum");
+    pass.divisor = static_cast<double>(given.divisor);
+    pass.known_divisor = static_cast<const double*>(
+        numbers_in(given.weight_sum, 1, given.pred, ScalarType::Double, "weight_sum"));
     grid_.add(pass.pred, given.pred, "pred");
     grid_.add(pass.target, given.target, "target");
     if (pass.has_kinds) grid_.add_last_map(pass.kinds, pass.target);

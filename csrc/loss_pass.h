@@ -70,7 +70,8 @@ struct LossPass {
   double ignore_value = NAN;  // rounded to the dtype of `kinds`; NaN: no cell is ignored
 
   Output output = Output::scalar;
-  Number divisor;  // of the sum of E; a number below 0: how many cells are positive, at least 1
+  double divisor = 1.0;  // of the sum of E; below 0: the number of positive cells, at least 1
+  const double* known_divisor = nullptr;  // takes its place, read where the kernel runs
 
   // What is written; what has no pointer is not wanted.
   TensorView errors;  // E, or its mean over the maps: (B, *S), whose map_stride is 0
@@ -108,8 +109,8 @@ struct LossPass {
   FCRN_HD bool has_grad_output_per_cell() const { return grad_output && output != Output::scalar; }
 
   FCRN_HD double divided(double value, int64_t positives) const {
-    const bool counts = !divisor.data && divisor.number < 0;
-    return value / (counts ? static_cast<double>(positives > 1 ? positives : 1) : divisor.value());
+    const auto counted = static_cast<double>(positives > 1 ? positives : 1);
+    return value / (known_divisor ? *known_divisor : divisor < 0 ? counted : divisor);
   }
 
   // dloss/dE; a forward pass takes grad_output for 1 and does not know the positive cells.

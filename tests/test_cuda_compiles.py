@@ -221,7 +221,7 @@ def test_vector_kernels_move_16_bytes_at_a_time(
         kind = next((each for each in KERNELS[:2] if each in name), None)
         if kind is None:
             continue
-        is_forward = "Lb1E" in name  # the template argument kForward
+        is_forward = re.search("Lb[01]E", name)[0] == "Lb1E"  # the template argument kForward
         seen.add((kind, is_forward))
         loads = [each for each in instructions if re.match(r"LDG?\.", each)]
         stores = [each for each in instructions if re.match(r"STG?\.", each)]

@@ -263,7 +263,7 @@ class Loops {
       store_rows(image, map, begin, count, rows);
     }
     if (per_cell_error_) {
-      const auto divisor = static_cast<Acc>(pass_.divisor.number);
+      const auto divisor = static_cast<Acc>(pass_.divisor);
       for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= divisor;
       store_row(place<Acc>(pass_.errors, image, 0, begin), rows.cell_errors, count * sizeof(Acc),
                 stream_);
@@ -629,8 +629,7 @@ class Loops {
         if (grad) grad[pose_maps * pass_.grad.map_stride] = grads[i];
         if (per_element_error_) error[pose_maps * pass_.errors.map_stride] = errors[i];
       }
-      if (per_cell_error_)
-        *error = static_cast<Acc>((pose_error + errors[i]) / pass_.divisor.number);
+      if (per_cell_error_) *error = static_cast<Acc>((pose_error + errors[i]) / pass_.divisor);
     }
   }
 

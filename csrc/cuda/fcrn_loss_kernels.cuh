@@ -249,7 +249,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
   }
   if (kForward && pass.errors && pass.output == Output::cell) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.divisor.number);
+    for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.divisor);
     store(at<Acc>(pass.errors, image, 0, cell), cell_error);
   }
 }
@@ -370,7 +370,7 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
   }
   if (kForward && pass.errors && pass.output == Output::cell) {
     store_element(pass.errors, errors_cell, 0,
-                  (pose_error + error) / static_cast<Acc>(pass.divisor.number));
+                  (pose_error + error) / static_cast<Acc>(pass.divisor));
   }
 }
 

@@ -60,7 +60,7 @@ void run(int images, int cells, float positives, bool planar) {
   pass.grad.data = grad.data();
   pass.kinds = pass.target;
   pass.kinds.data = target.data() + (kMaps - 1) * map_stride;
-  pass.divisor.number = static_cast<double>(elements);
+  pass.divisor = static_cast<double>(elements);
   pass.num_positive = &num_positive;
   pass.negative_weight.number = 0.01;
   pass.coord_weights.numbers[0] = 1.7;

@@ -172,7 +172,7 @@ void parse_line(Description& description, const std::string& line) {
   }
   if (keyword == "rule") {
     int output = 0;
-    words >> output >> pass.divisor.number >> pass.wrt_target >> pass.grad_is_for_one;
+    words >> output >> pass.divisor >> pass.wrt_target >> pass.grad_is_for_one;
     pass.output = static_cast<fcrn::Output>(output);
     pass.positive_weight = parse_double(words);
     pass.ignore_value = parse_double(words);
