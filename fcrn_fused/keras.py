@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from . import module
+from .functional import loss_by_rule
 from .schedule import LinearNegativeWeight, StepNegativeWeight
+from .validation import Rule
 
 try:
     import keras  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -26,15 +28,19 @@ except ModuleNotFoundError as error:
 __all__ = ["FCRNLoss", "NegativeWeightCallback"]
 
 _DATA_FORMATS = ("channels_first", "channels_last")
+# Those that the kernels do, by what `fcrn_loss` calls them. "mean_with_sample_weight" divides by
+# the weights as they are before they are broadcast, which is left to Keras.
+_SCALAR_REDUCTIONS = {"sum_over_batch_size": "mean", "mean": "mean", "sum": "sum"}
 
 
 @keras.saving.register_keras_serializable(package="fcrn_fused")
 class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
     """The loss of `fcrn_fused.fcrn_loss` as a Keras loss.
 
-    It gives Keras the mean over the maps of each cell, (B, *S), so that Keras's own `reduction`
-    and `sample_weight` work; with the default reduction the loss is that of `reduction="mean"`. A
-    `sample_weight` has one weight for each picture, (B,), or for each cell, (B, *S).
+    What Keras reduces is the mean over the maps of each cell, (B, *S); with the default reduction
+    the loss is that of `reduction="mean"`. A `sample_weight` has one weight for each picture, (B,),
+    or for each cell, (B, *S). With the reductions to one number but "mean_with_sample_weight" it is
+    the `weight` of `fcrn_loss`, and the kernel reduces: where it is 0 the cell is masked.
 
     Its `get_config` holds the weight of negative cells as it is then: a model that is saved while
     training and loaded again goes on with it.
@@ -91,21 +97,47 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
         """The reduced loss; a `sample_weight` of fewer dimensions than (B, *S) begins with B."""
+        dims = len(y_pred.shape) - 1  # those of the cells
         if sample_weight is not None:
             # Keras would line it up with the last dimension instead
-            sample_weight = keras.ops.convert_to_tensor(sample_weight)
-            missing = len(y_pred.shape) - 1 - sample_weight.ndim
-            if sample_weight.ndim > 0 and missing > 0:
+            sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype=self.dtype)
+            if 0 < sample_weight.ndim < dims:
+                missing = dims - sample_weight.ndim
                 sample_weight = sample_weight.reshape(*sample_weight.shape, *(1,) * missing)
-        loss: Tensor = super().__call__(y_true, y_pred, sample_weight)
-        return loss
+        reduction = _SCALAR_REDUCTIONS.get(self.reduction)
+        fits = sample_weight is None or sample_weight.ndim in (0, dims)
+        if reduction is None or not fits or getattr(y_pred, "_keras_mask", None) is not None:
+            loss: Tensor = super().__call__(y_true, y_pred, sample_weight)
+            return loss
+        y_true, y_pred = (
+            keras.ops.convert_to_tensor(maps, dtype=self.dtype) for maps in (y_true, y_pred)
+        )
+        if sample_weight is not None and sample_weight.ndim > 0:
+            sample_weight = sample_weight.unsqueeze(1)
+        return self._loss(y_true, y_pred, reduction, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each cell, (B, *S), of maps in this loss's `data_format`."""
+        return self._loss(y_true, y_pred, "cell")
+
+    def _loss(
+        self, y_true: Tensor, y_pred: Tensor, reduction: str, weight: Tensor | None = None
+    ) -> Tensor:
         if self.data_format == "channels_last":
             y_true, y_pred = y_true.movedim(-1, 1), y_pred.movedim(-1, 1)
-        loss: Tensor = self.module(y_pred, y_true)
-        return loss
+        settings = self.module
+        rule = Rule(
+            settings.negative_weight,
+            settings.positive_weight,
+            settings.coord_weight,
+            settings.ignore_value,
+            reduction,
+            weight,
+        )
+        loss = loss_by_rule(y_pred, y_true, rule, False, settings.backend)
+        assert isinstance(loss, Tensor)
+        # Keras adds up the means over the maps
+        return loss / y_pred.shape[1] if reduction == "sum" else loss
 
     def get_config(self) -> dict[str, Any]:
         """Plain values from which `from_config` makes this loss again, the weight as it is now."""

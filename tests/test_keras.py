@@ -16,6 +16,7 @@ import torch
 from batches import make_batch
 
 import fcrn_fused
+from fcrn_fused.functional import loss_by_rule
 
 if importlib.util.find_spec("keras") is None:
     pytest.skip("needs Keras: pip install keras", allow_module_level=True)
@@ -104,7 +105,12 @@ def test_channels_last_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None
     pred, target = keras_batch("channels_last")
     loss = FCRNLoss(data_format="channels_last")
     seen: list[torch.Tensor] = []
-    loss.module.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+
+    def look(pred: torch.Tensor, target: torch.Tensor, *rest: Any) -> Any:
+        seen.extend([pred, target])
+        return loss_by_rule(pred, target, *rest)
+
+    monkeypatch.setattr("fcrn_fused.keras.loss_by_rule", look)
     loss(target, pred)
     assert [x.data_ptr() for x in seen] == [pred.data_ptr(), target.data_ptr()]
     assert all(x.shape == (4, 7, 5, 6) for x in seen)
@@ -252,6 +258,36 @@ def test_jit_compile_trains_as_eager_does() -> None:
         losses.append(history["loss"])
     assert losses[0][1] < losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean", "sum"])
+@pytest.mark.parametrize("shape", [None, (4,), (4, 5, 6), ()], ids=str)
+def test_the_kernel_reduces_as_keras_does(reduction: str, shape: tuple[int, ...] | None) -> None:
+    """One number from the kernel, against cells that Keras weighs and reduces."""
+    pred, target = keras_batch("channels_last")
+    weight = (
+        None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    )
+    loss = FCRNLoss(data_format="channels_last", negative_weight=0.3, reduction=reduction)
+    got = loss(target, pred, sample_weight=weight)
+    cells = loss.call(target, pred)
+    if weight is not None:
+        cells = cells * (weight[:, None, None] if shape == (4,) else weight)
+    want = cells.sum() if reduction == "sum" else cells.mean()
+    torch.testing.assert_close(got, want)
+
+
+def test_a_sample_weight_of_0_masks_nan() -> None:
+    pred, target = keras_batch("channels_last")
+    weight = torch.ones(4, 5, 6)
+    weight[1:] = 0
+    pred = pred.detach().clone()
+    pred[1:] = torch.nan
+    pred.requires_grad_()
+    loss = FCRNLoss(data_format="channels_last")(target, pred, sample_weight=weight)
+    loss.backward()
+    assert loss.isfinite()
+    assert pred.grad[1:].count_nonzero() == 0
 
 
 def test_fit_reports_the_mean_of_fcrn_loss() -> None:
