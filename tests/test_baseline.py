@@ -14,8 +14,7 @@ import pytest
 from fcrn_fused import ops
 
 TESTS = Path(__file__).resolve().parent
-ABOUT_VALUES = (
-    "test_accuracy.py",
+ABOUT_VALUES = (  # accuracy follows from the same bits, below
     "test_definition.py",
     "test_dtypes.py",
     "test_half_gradients.py",
