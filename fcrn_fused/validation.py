@@ -16,7 +16,7 @@ _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Known by name: their modules take long to import, and a program without them needs neither.
 _UNSUPPORTED_SUBCLASSES = {
     "DTensor": "pass its to_local(), and add up what the loss is divided by over the ranks",
-    "MaskedTensor": "pass its get_data(), and mark what is masked by ignore_value",
+    "MaskedTensor": "pass its get_data(), and its get_mask() as weight",
 }
 
 
