@@ -14,7 +14,7 @@ grad_output of 16384, as under a GradScaler. The contenders:
 
     ours        fcrn_fused.fcrn_loss
     ours-scaled the same with a grad_output that is not 1 (a loss that is one term of a sum)
-    mse_loss    F.mse_loss, which has neither mask nor weight
+    mse_loss    F.mse_loss without a weight, which computes less
     eager       fcrn_fused.reference.fcrn_loss, the definition in plain PyTorch
     compile     torch.compile of it; on a GPU also compile-max-autotune (without CUDA graphs) and
                 compile-reduce-overhead (with them)

@@ -87,10 +87,33 @@ def cpu_speed(records: Sequence[Record]) -> str:
     )
     return (
         "Forward and backward on the CPU: how many times as long the others take in the same\n"
-        "run. `F.mse_loss` has no mask and no weight; the others compute the same loss. The floor\n"
+        "run. `F.mse_loss` has no weight here; the others compute the same loss. The floor\n"
         "is PyTorch's own `zero_()` of a fresh gradient and a read of the two confidence maps,\n"
         f"scaled to the bytes that the input's pattern needs.{above}\n\n{table}\n\n"
         + source_line(record, "loss_speed_cpu.json")
+    )
+
+
+def cpu_masked(records: Sequence[Record]) -> str:
+    """`masked_mse_loss` beside what is written by hand."""
+    if not records:
+        return "Not measured yet: `python benchmarks/masked_speed.py`."
+    peers = ("mse_loss-weight", "compile", "eager", "mse_loss")
+    of: dict[str, dict[str, Record]] = {}
+    for row in records[0]["rows"]:
+        of.setdefault(row["case"], {})[row["contender"]] = row
+    rows = []
+    for case, each in of.items():
+        ours = each["ours"]
+        times = [_times(each[peer]["median_s"] / ours["median_s"]) for peer in peers]
+        shape = ", ".join(map(str, ours["shape"]))
+        rows.append([f"({shape}), {case}", *times, f"{ours['expected_bytes']:.1f}"])
+    head = ["input, weight", "`F.mse_loss(weight=)`", "`torch.compile`", "eager PyTorch"]
+    table = markdown_table([*head, "`F.mse_loss`, no weight", "bytes an element"], rows)
+    return (
+        "`masked_mse_loss`, forward and backward on the CPU, against the loss written by hand:\n\n"
+        + f"{table}\n\n"
+        + source_line(records[0], "masked_speed_cpu.json")
     )
 
 
@@ -267,6 +290,7 @@ def _times(ratio: float | None) -> str:
 BLOCKS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
     # name: the function, the benchmark and the files its records are in
     "cpu-speed": (cpu_speed, "loss_speed", "loss_speed_cpu.json"),
+    "cpu-masked": (cpu_masked, "masked_speed", "masked_speed_cpu.json"),
     "cpu-bars": (cpu_bars, "loss_speed", "loss_speed_cpu.json"),
     "cpu-train-step": (cpu_train_step, "train_step", "train_step_cpu.json"),
     "gpu-machine": (gpu_machine, "gpu", "gpu_*.json"),
