@@ -221,8 +221,9 @@ def test_vector_kernels_move_16_bytes_at_a_time(
         kind = next((each for each in KERNELS[:2] if each in name), None)
         if kind is None:
             continue
-        is_forward = re.search("Lb[01]E", name)[0] == "Lb1E"  # the template argument kForward
-        seen.add((kind, is_forward))
+        flags = re.findall("Lb([01])E", name)  # template arguments: kForward, and planar's kGiven
+        is_forward = flags[0] == "1"
+        seen.add((kind, *flags))
         loads = [each for each in instructions if re.match(r"LDG?\.", each)]
         stores = [each for each in instructions if re.match(r"STG?\.", each)]
         wide_loads = [each for each in loads if ".128" in each]
@@ -233,7 +234,7 @@ def test_vector_kernels_move_16_bytes_at_a_time(
         assert wide_stores, f"{_demangled(name)}: the gradient is not written by 16 bytes: {stores}"
         if not is_forward:  # a backward pass writes nothing but the gradient
             assert stores == wide_stores, f"{_demangled(name)}: narrow stores: {stores}"
-    assert len(seen) == 4, seen
+    assert len(seen) == 6, seen
 
 
 @needs_cuobjdump

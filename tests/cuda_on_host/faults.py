@@ -25,7 +25,10 @@ ELEMENT = Path("cell_loss.h")
 # The vector kernels of the other dtypes are left out: none of the checks below needs them, and the
 # copy compiles in half the time.
 def _float32_only(source: str) -> str:
-    return re.sub(r"\brun\(float\{\}, (BFloat16|Half)\{\}, \w+\{\}\)", "false", source)
+    source, found = re.subn(r"!run\((BFloat16|Half)\{\}, \w+\{\}\)", "true", source)
+    if found != 4:
+        raise LookupError(f"{found} vector kernels of other dtypes, expected 4")
+    return source
 
 
 def _checks(*cases: Case, schedules: tuple[Schedule, ...] = ()) -> Callable[..., None]:
@@ -44,6 +47,21 @@ _MISALIGNED = Case((2, 7, 8, 16), pred_layout=Layout(misaligned_by=1))
 _PADDED = Case((3, 2, 4, 8), target_layout=Layout("padded"))
 _NO_SUMS = Case((2, 3, 34, 32), reduction="none", multiprocessors=1)
 _NO_POSITIVES = Case((2, 3, 8, 8), reduction="positive", positives="none")
+
+# With weights and kinds of the caller's, by vectors and cell by cell; and without kinds.
+_CELL_WEIGHTS = Case((2, 3, 8, 8), weight=(2, 1, 8, 8), positives="scattered")
+_MAP_WEIGHTS = Case((2, 3, 8, 8), weight=(2, 3, 1, 1), positives="scattered")
+_SKEWED_WEIGHTS = Case(
+    (2, 3, 8, 8), weight=(2, 3, 8, 8), weight_layout=Layout("channels_last"), positives="scattered"
+)
+_GIVEN_KINDS = Case((2, 3, 8, 8), positive=(2, 1, 8, 8), positives="scattered")
+_INTERLEAVED_WEIGHTS = Case((2, 3, 8, 8), weight=(2, 1, 8, 8), **both_channels_last())
+_STRIDED_MAP_WEIGHTS = Case((2, 3, 5, 5), weight=(2, 3, 1, 1), positives="scattered")
+_STRIDED_CELL_WEIGHTS = Case((2, 3, 5, 5), weight=(2, 1, 5, 5), positives="scattered")
+_STRIDED_GIVEN_KINDS = Case((2, 3, 5, 5), positive=(2, 1, 5, 5), positives="scattered")
+_ROWS = Case((4, 6, 10), weight=(4, 6, 1), has_kinds=False)
+_STRIDED_ROWS = Case((3, 5, 7), weight=(3, 5, 1), has_kinds=False)
+_PLANES = Case((2, 7, 8, 8), weight=(2, 7, 1, 1), weight_dtype=torch.bool, has_kinds=False)
 
 _ONE_CASE = _checks(_SEVERAL_BLOCKS)
 _NOT_EQUAL = "not close|ulp apart|not equal"
@@ -188,15 +206,15 @@ FAULTS = (
     # ---- masked elements -------------------------------------------------------------------------
     Fault(
         "pose maps are read where no cell is positive",
-        "    if (any_positive) {\n",
+        "    if (any_pose) {\n",
         "    if (true) {\n",
         message="AddressSanitizer: use-after-poison",
         how="sanitized-quick",
     ),
     Fault(
         "one byte of a masked element is read",
-        "  Acc pose_error = 0;\n",
-        "  Acc pose_error = 0;\n"
+        "  Acc pose_error = 0, error = 0;\n",
+        "  Acc pose_error = 0, error = 0;\n"
         "  (void)static_cast<const volatile char*>(pass.pred.data)"
         "[size_of(pass.pred.dtype) * pred_cell];\n",
         message="has no business to read",
@@ -216,6 +234,93 @@ FAULTS = (
         message="gradient at .* is nan",
         file=ELEMENT,
     ),
+    Fault(
+        "a weight of 0 is multiplied",
+        "  counted = static_cast<Mask>(counted & (given != Value{}));\n",
+        "  (void)counted;\n",
+        message="nan",
+        check=_checks(_CELL_WEIGHTS),
+        file=ELEMENT,
+    ),
+    Fault(
+        "cells that the weight masks are read",
+        "has_pose[i] = kind.positive && (!weight_is_per_cell || counted);",
+        "has_pose[i] = kind.positive;",
+        message="AddressSanitizer: use-after-poison",
+        check=_checks(_CELL_WEIGHTS),
+        how="sanitized-quick",
+    ),
+    Fault(
+        "a plane that is masked as a whole is read",
+        "has_pose[i] = !has_weight || given[i] != Acc(0);",
+        "has_pose[i] = true;",
+        message="AddressSanitizer: use-after-poison",
+        check=_checks(_PLANES),
+        how="sanitized-quick",
+    ),
+    Fault(
+        "element by element: an element that the weight masks is read",
+        "    if (counted) {\n      if (per_cell)",
+        "    if (counted || pass.weight) {\n      if (per_cell)",
+        message="nan",
+        check=_checks(_STRIDED_CELL_WEIGHTS),
+    ),
+    # ---- weights of the caller's -----------------------------------------------------------------
+    Fault(
+        "the weights lie side by side",
+        "const auto stride = static_cast<uint32_t>(view.cell_strides[0]);",
+        "const uint32_t stride = 1;",
+        check=_checks(_SKEWED_WEIGHTS),
+    ),
+    Fault(
+        "the weights of all maps are those of the first",
+        "load_given(pass.weight, 1, image, map, cell, given);",
+        "load_given(pass.weight, 1, image, 0, cell, given);",
+        check=_checks(_MAP_WEIGHTS),
+    ),
+    Fault(
+        "element by element: the weights of all maps are those of the first",
+        "load_element(pass.weight, weight_cell, map)",
+        "load_element(pass.weight, weight_cell, 0)",
+        check=_checks(_STRIDED_MAP_WEIGHTS),
+    ),
+    Fault(
+        "every cell of a row has its own weight",
+        "static_cast<uint32_t>(pass.weight_repeat), image",
+        "1, image",
+        message="AddressSanitizer: heap-buffer-overflow",
+        check=_checks(_ROWS),
+        how="sanitized-quick",
+    ),
+    Fault(
+        "all of a vector are of one row",
+        "stride == 0 || repeat % V == 0;",
+        "stride == 0 || repeat >= V;",
+        check=_checks(_ROWS),
+    ),
+    Fault(
+        "element by element: every cell of a row has its own weight",
+        "if (weight_repeat == 1) return",
+        "if (true) return",
+        message="AddressSanitizer: heap-buffer-overflow",
+        check=_checks(_STRIDED_ROWS),
+        how="sanitized-quick",
+        file=PASS,
+    ),
+    Fault(
+        "channels-last: the weights are not looked at",
+        "return pass.is_plain() && !pass.has_grad_output_per_cell()",
+        "return !pass.has_grad_output_per_cell()",
+        message="interleaved_kernel",
+        check=_checks(_INTERLEAVED_WEIGHTS),
+    ),
+    Fault(
+        "without kinds the last map is left out",
+        "return has_kinds ? grid.maps - 1 : grid.maps;",
+        "return grid.maps - 1;",
+        check=_checks(_ROWS),
+        file=PASS,
+    ),
     # ---- the kinds -------------------------------------------------------------------------------
     Fault("the kinds are pred's", "kind_of(constants, target[i])", "kind_of(constants, pred[i])"),
     Fault(
@@ -227,16 +332,42 @@ FAULTS = (
     Fault(
         "element by element: the kinds have maps",
         "load_element(pass.kinds, offset(pass.kinds), 0)",
-        "load_element(pass.target, offset(pass.kinds), last_map - 1)",
+        "load_element(pass.target, offset(pass.kinds), pose_maps - 1)",
         message="AddressSanitizer",
         check=_checks(_STRIDED),
         how="sanitized-quick",
     ),
+    Fault(
+        "which cells are positive is not for the caller to say",
+        "has_positive = kGiven && pass.positive;",
+        "has_positive = false;",
+        check=_checks(_GIVEN_KINDS),
+    ),
+    Fault(
+        "element by element: which cells are positive is not for the caller to say",
+        "kind = pass.positive ? ",
+        "kind = false ? ",
+        check=_checks(_STRIDED_GIVEN_KINDS),
+    ),
+    Fault(
+        "a cell whose confidence is masked counts among the positive",
+        "if (kForward) sums.num_positive += kind.positive && counted;",
+        "if (kForward) sums.num_positive += kind.positive;",
+        message="num_positive",
+        check=_checks(_CELL_WEIGHTS),
+    ),
+    Fault(
+        "element by element: a cell whose confidence is masked counts among the positive",
+        "error;\n    sums.num_positive += kind.positive && counted;",
+        "error;\n    sums.num_positive += kind.positive;",
+        message="num_positive",
+        check=_checks(_STRIDED_CELL_WEIGHTS),
+    ),
     # ---- the divisor, and the sign ---------------------------------------------------------------
     Fault(
         "the loss is not divided by the count",
-        "value / (divisor < 0 ? static_cast<double>(positives > 1 ? positives : 1) : divisor)",
-        "value / (divisor < 0 ? 1.0 : divisor)",
+        "divisor < 0 ? counted : divisor",
+        "divisor < 0 ? 1.0 : divisor",
         message="loss: .*not close",
         check=_checks(_STRIDED),
         file=PASS,
@@ -255,6 +386,14 @@ FAULTS = (
         "1)",
         message="ulp apart",
         check=_checks(_STRIDED),
+        file=PASS,
+    ),
+    Fault(
+        "the sum of the weights does not divide",
+        "known_divisor ? *known_divisor : divisor < 0",
+        "divisor < 0",
+        message="loss: .*not close",
+        check=_checks(_ROWS),
         file=PASS,
     ),
     Fault(
@@ -288,6 +427,15 @@ FAULTS = (
         check=lambda how, **options: check_large(how, torch.float32, shape=(2, 3, 13), **options),
     ),
     Fault(
+        "offsets of 32 bits for weights of any size",
+        "fits(pass.weight) && ",
+        "",
+        message="planar_kernel",
+        check=lambda how, **options: check_large(
+            how, torch.float32, shape=(2, 3, 8), weight=True, **options
+        ),
+    ),
+    Fault(
         "a map's offset is cut to 32 bits",
         "load_as<Acc>(view.data, view.dtype, cell_at + map * static_cast<Index>(view.map_stride))",
         "load_as<Acc>(view.data, view.dtype, cell_at + uint32_t(map * view.map_stride))",
@@ -310,8 +458,8 @@ FAULTS = (
     # ---- what is written -------------------------------------------------------------------------
     Fault(
         "the gradient is not written where it is 0",
-        "    if (pass.grad && (any_positive || write_zeros)) {\n",
-        "    if (pass.grad && any_positive) {\n",
+        "    if (pass.grad && (any_pose || write_zeros)) {\n",
+        "    if (pass.grad && any_pose) {\n",
         message="gradient at .* is nan",
     ),
 )

@@ -86,6 +86,7 @@ fcrn::DType parse_dtype(const std::string& name) {
   if (name == "float32") return fcrn::DType::float32;
   if (name == "float16") return fcrn::DType::float16;
   if (name == "bfloat16") return fcrn::DType::bfloat16;
+  if (name == "bool") return fcrn::DType::boolean;
   refuse("dtype " + name);
 }
 
@@ -102,6 +103,8 @@ fcrn::TensorView* find_view(fcrn::LossPass& pass, const std::string& name) {
   if (name == "errors") return &pass.errors;
   if (name == "grad") return &pass.grad;
   if (name == "grad_output") return &pass.grad_output;
+  if (name == "weight") return &pass.weight;
+  if (name == "positive") return &pass.positive;
   return nullptr;
 }
 
@@ -127,6 +130,8 @@ void parse_buffer(Description& description, std::istream& words) {
     pass.coord_weights.count = static_cast<std::int64_t>(elements);
   } else if (name == "known_positive") {
     pass.known_positive = reinterpret_cast<const std::int64_t*>(buffer.data);
+  } else if (name == "known_divisor") {
+    pass.known_divisor = reinterpret_cast<const double*>(buffer.data);
   } else if (name == "loss") {
     pass.loss = buffer.data;
   } else if (name == "coord") {
@@ -176,6 +181,10 @@ void parse_line(Description& description, const std::string& line) {
     pass.output = static_cast<fcrn::Output>(output);
     pass.positive_weight = parse_double(words);
     pass.ignore_value = parse_double(words);
+  } else if (keyword == "kinds") {
+    words >> pass.has_kinds;
+  } else if (keyword == "weight_repeat") {
+    words >> pass.weight_repeat;
   } else if (keyword == "machine") {
     words >> description.multiprocessors;
   } else if (keyword == "wide_index") {
@@ -223,7 +232,8 @@ Description read_description(const char* path) {
   std::ifstream file(path, std::ios::binary);
   Description description;
   for (std::string line; std::getline(file, line) && line != "data";) parse_line(description, line);
-  description.pass.kinds = last_map(description.pass.target, description.pass.grid);
+  fcrn::LossPass& pass = description.pass;
+  if (pass.has_kinds) pass.kinds = last_map(pass.target, pass.grid);
   for (const auto& [buffer, index] : description.pieces) {
     std::vector<char>& bytes = buffer->pieces[index].bytes;
     file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));

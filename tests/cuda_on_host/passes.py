@@ -15,13 +15,14 @@ import torch
 from cuda_on_host import build
 from torch import Tensor
 
-_VIEWS = ("pred", "target", "errors", "grad", "grad_output")
+_VIEWS = ("pred", "target", "errors", "grad", "grad_output", "weight", "positive")
 _NAMES = {
     torch.float64: "float64",
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.int64: "int64",
+    torch.bool: "bool",
 }
 
 
@@ -43,6 +44,9 @@ class Layout(NamedTuple):
 
     name: str = "contiguous"  # or channels_last, transposed, sliced, padded, expanded
     misaligned_by: int = 0  # elements between the allocation's start and the tensor's
+
+    def __str__(self) -> str:
+        return self.name + (f"+{self.misaligned_by}" if self.misaligned_by else "")
 
     def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Strides in elements; every layout but `expanded` gives each element its own place."""
@@ -108,11 +112,43 @@ class _Buffer:
     spread: bool = False  # so large that only its pieces are in memory and in the results
 
 
+class _Dim(NamedTuple):
+    """One or several dimensions of the tensors, as one of the grid, and each view's stride."""
+
+    size: int
+    strides: dict[str, int]
+
+    def joined(self, inner: _Dim, but: str = "") -> _Dim | None:
+        """With the dimension inside it as one, if they lie so in all views, `but` one perhaps."""
+        strides = inner.strides.copy()
+        for name, stride in self.strides.items():
+            if name == but:
+                strides[name] = stride
+            elif stride != inner.size * inner.strides[name]:
+                return None
+        return _Dim(self.size * inner.size, strides)
+
+
+class Grid(NamedTuple):
+    """Tensors taken apart as GridBuilder (csrc/loss_op.h) does it."""
+
+    images: _Dim
+    maps: _Dim
+    cells: list[_Dim]
+    weight_repeat: int
+
+    @property
+    def num_cells(self) -> int:
+        """Those of one image."""
+        return math.prod(dim.size for dim in self.cells)
+
+
 @dataclass
 class Pass:
     """The description of a pass, in the terms of LossPass (csrc/loss_pass.h)."""
 
-    shape: tuple[int, ...]  # (B, C, *S)
+    shape: tuple[int, ...]  # (B, C, *S); without kinds any
+    has_kinds: bool = True
     output: int = 0
     divisor: int = 1
     negative_weight: float | Tensor = 1.0
@@ -192,12 +228,8 @@ class Pass:
 
     def text(self, schedules: Sequence[Schedule]) -> str:
         """The description, but for the bytes."""
-        batch, maps = self.shape[:2]
-        sizes, merged = self._merged()
-        # The outermost dimension is the images, if it is not the only one.
-        first = 1 if len(sizes) > 1 else 0
-        images = sizes[0] if first else 1
-        spatial = sizes[first:] or [1]
+        grid = self.grid()
+        sizes = [dim.size for dim in grid.cells]
         weights = (
             [self.coord_weight]
             if isinstance(self.coord_weight, (float, int))
@@ -207,7 +239,9 @@ class Pass:
         )
         ignore_value = math.nan if self.ignore_value is None else self.ignore_value
         lines = [
-            ["grid", batch, maps, images, math.prod(spatial), *spatial],
+            ["grid", self.shape[0], grid.maps.size, grid.images.size, grid.num_cells, *sizes],
+            ["kinds", int(self.has_kinds)],
+            ["weight_repeat", grid.weight_repeat],
             [
                 "rule",
                 self.output,
@@ -241,36 +275,49 @@ class Pass:
                 ["piece", buffer.name, begin * size, piece.numel() * size]
                 for begin, piece in buffer.pieces
             ]
-        for name, (strides, per_cell) in self.views.items():
-            along = merged[name]
-            cells = along[first:] or [0]
-            lines.append(
-                ["view", name, along[0] if first else 0, 0 if per_cell else strides[1], *cells]
-            )
+        for name in self.views:
+            dims = (grid.images, grid.maps, *grid.cells)
+            lines.append(["view", name, *(dim.strides[name] for dim in dims)])
         lines += [["never_read", *region] for region in self.never_read]
         lines += [["schedule", *schedule] for schedule in schedules]
         return "".join(" ".join(map(str, line)) + "\n" for line in lines)
 
-    def _merged(self) -> tuple[list[int], dict[str, list[int]]]:
-        """The sizes, and each view's strides, after joining dimensions that lie as one in all."""
-        sizes: list[int] = []
-        along: dict[str, list[int]] = {name: [] for name in self.views}
-        for dim, size in enumerate(self.shape):
-            if dim == 1 or size == 1:
-                continue
-            stride = {
-                name: strides[dim - 1 if per_cell and dim > 0 else dim]
-                for name, (strides, per_cell) in self.views.items()
-            }
-            if sizes and all(along[name][-1] == stride[name] * size for name in along):
-                sizes[-1] *= size
-                for name in along:
-                    along[name][-1] = stride[name]
-            else:
-                sizes.append(size)
-                for name in along:
-                    along[name].append(stride[name])
-        return sizes, along
+    def grid(self) -> Grid:
+        """The sizes and strides of the pass, after joining dimensions that lie as one in all."""
+        nowhere = dict.fromkeys(self.views, 0)
+        along = [
+            _Dim(
+                size,
+                {
+                    name: 0 if per_cell and dim == 1 else strides[dim - (per_cell and dim > 1)]
+                    for name, (strides, per_cell) in self.views.items()
+                },
+            )
+            for dim, size in enumerate(self.shape)
+        ]
+        maps = along.pop(1) if self.has_kinds else _Dim(1, nowhere)
+        along = [dim for dim in along if dim.size != 1]
+        if not self.has_kinds:
+            along.sort(key=lambda dim: -dim.strides["pred"])
+        dims: list[_Dim] = []
+        for dim in along:
+            joined = dims[-1].joined(dim) if dims else None
+            dims[-1 if joined else len(dims) :] = [joined or dim]
+        weight_repeat = 1
+        if not self.has_kinds and "weight" in self.views and self.buffers["weight"].elements:
+            # Where the weight repeats itself along the innermost dimension: so many cells have one.
+            if len(dims) > 1 and dims[-1].strides["weight"] == 0:
+                joined = dims[-2].joined(dims[-1], but="weight")
+                if joined is not None:
+                    weight_repeat = dims[-1].size
+                    dims[-2:] = [joined]
+            # Along another one: that is the maps.
+            for i in reversed(range(len(dims) - 1)):
+                if dims[i].strides["weight"] == 0:
+                    maps = dims.pop(i)
+                    break
+        images = dims.pop(0) if len(dims) > 1 else _Dim(1, nowhere)
+        return Grid(images, maps, dims or [_Dim(1, nowhere)], weight_repeat)
 
 
 class Outcome(NamedTuple):

@@ -5,6 +5,8 @@
 //
 //   grid BATCH MAPS IMAGES CELLS SIZE...          the sizes of the grid's spatial dimensions
 //   rule OUTPUT DIVISOR WRT_TARGET GRAD_IS_FOR_ONE POSITIVE_WEIGHT IGNORE_VALUE   (nan: none is)
+//   kinds YES                                     no: every map is one of poses
+//   weight_repeat CELLS                           so many of the last dimension have one weight
 //   negative_weight NUMBER
 //   coord_weights NUMBER...
 //   machine MULTIPROCESSORS
