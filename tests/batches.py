@@ -48,8 +48,9 @@ def make_weight(
     zeros: float = 0.3,
     seed: int = 0,
 ) -> Tensor:
-    """A share of zeros, the rest between 0.1 and 4.1 or, of bool, True."""
+    """A share of zeros but the first, the rest between 0.1 and 4.1 or, of bool, True."""
     generator = torch.Generator().manual_seed(1000 + seed)
     weight = 0.1 + 4 * torch.rand(shape, generator=generator, dtype=torch.float64)
     counts = torch.rand(shape, generator=generator) >= zeros
+    counts.view(-1)[:1] = True
     return torch.where(counts, weight, 0).to(device, dtype)
