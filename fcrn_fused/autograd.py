@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .reductions import OUTPUTS
+from .tracing import is_traced
 from .validation import Rule
 
 
@@ -57,7 +58,7 @@ class FCRNLossFunction(torch.autograd.Function):
         )
         arguments = ops.op_arguments(pred, rule)
         results: Sequence[Tensor | None]
-        if ops.is_traced():
+        if is_traced():
             results = ops.forward(pred, target, arguments)
         else:
             arguments = ops.without_cpu_weights(pred, arguments)
@@ -94,11 +95,11 @@ class FCRNLossFunction(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grads[1] = -grad.to(target.dtype)
             return *grads, *rest
-        is_traced = ops.is_traced() or _is_batched(grad_output)
+        is_recorded = is_traced() or _is_batched(grad_output)
         for i in (0, 1):
             if not ctx.needs_input_grad[i]:
                 continue
-            if is_traced:
+            if is_recorded:
                 grads[i] = ops.backward(grad_output, pred, target, arguments, num_positive, i == 1)
             else:
                 grads[i] = ops.run_backward(

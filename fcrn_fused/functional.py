@@ -13,6 +13,7 @@ from torch.autograd import forward_ad as fwAD
 from . import ops, reference
 from .autograd import FCRNLossFunction
 from .stats import FCRNLossStats
+from .tracing import is_jit_tracing, is_traced
 from .validation import Rule, check, check_backend, make_masked_rule, make_rule
 
 
@@ -168,12 +169,12 @@ def loss_by_rule(
     needs_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
     stats: list[Any]
     # A Function is a constant in a graph of torch.export, and torch.jit cannot save one.
-    if needs_grad and not (torch.compiler.is_compiling() or ops.is_jit_tracing()):
+    if needs_grad and not (torch.compiler.is_compiling() or is_jit_tracing()):
         apply: Any = FCRNLossFunction.apply
         loss, *stats = apply(pred, target, *rule, return_stats)
     else:
         arguments = ops.op_arguments(pred, rule)
-        if ops.is_traced():
+        if is_traced():
             loss, parts, num_positive = ops.forward(pred, target, arguments)
         else:
             arguments = ops.without_cpu_weights(pred, arguments)

@@ -70,9 +70,10 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
             coord = torch.tensor(coord, dtype=torch.float64, device=pred.device)
         coord_tensor, coord = coord, (0.0,)
     numbers = [negative, positive_weight, *coord] if has_kinds else []
-    divisor, output = DIVISORS[reduction](pred), OUTPUTS.get(reduction, 0)
-    tensors = (negative_tensor, coord_tensor, weight, positive, weight_sum(pred, rule))
-    return *tensors, numbers, ignore_value, divisor, output
+    total = weight_sum(pred, rule)
+    divisor = DIVISORS[reduction](pred) if total is None else 1
+    tensors = (negative_tensor, coord_tensor, weight, positive, total)
+    return *tensors, numbers, ignore_value, divisor, OUTPUTS.get(reduction, 0)
 
 
 def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -230,21 +231,6 @@ def _workspace(pred: Tensor) -> Tensor:
 
 
 # ---- traced and differentiable ------------------------------------------------------------------
-
-
-def is_traced() -> bool:
-    """Whether operators are recorded: what runs must then be one that can be differentiated."""
-    return (
-        torch.compiler.is_compiling()
-        or is_jit_tracing()
-        # make_fx, fake tensors and users' own modes; there is no public name for it
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace` records."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> Results:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .reductions import COUNT_POSITIVE, DIVISORS
 from .stats import FCRNLossStats
+from .tracing import is_traced
 from .validation import Rule, check, make_masked_rule, make_rule
 
 _SUMMED_BY_ONE_THREAD = 32_768
+_CONVERTED_AT_ONCE = 2**22  # elements, on a GPU
 
 
 def fcrn_loss(
@@ -163,6 +165,19 @@ def _sum(errors: Tensor) -> Tensor:
     return torch.stack([piece.sum() for piece in pieces]).sum()
 
 
+def _sum_in_float64(weight: Tensor, less: Tensor | None = None) -> Tensor:
+    """Of the weights, in pieces, as a copy of them in float64 would be larger than the gradient.
+
+    Gradients are divided by it: in float32 it would be off by more than the promised ulps.
+    """
+    most = _SUMMED_BY_ONE_THREAD if weight.is_cpu else _CONVERTED_AT_ONCE
+    if is_traced() or weight.numel() <= most:  # pieces are as many in every run of a traced program
+        return (weight if less is None else weight - less).sum(dtype=torch.float64)
+    dim = max(range(weight.dim()), key=weight.size)
+    pieces = weight.split(max(1, weight.shape[dim] * most // weight.numel()), dim)
+    return torch.stack([_sum_in_float64(piece, less) for piece in pieces]).sum()
+
+
 def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
     if (total := weight_sum(pred, rule)) is not None:
         return total
@@ -182,7 +197,10 @@ def weight_sum(pred: Tensor, rule: Rule) -> Tensor | None:
     if weight.dtype is torch.bool:
         total = weight.count_nonzero() if weight.is_cpu else weight.sum()  # neither makes a copy
     else:
-        total = _sum(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        total = _sum_in_float64(weight)
+        if weight.dtype is torch.float64:  # again from their mean on: what it rounds is less
+            mean = total / weight.numel()
+            total = mean * weight.numel() + _sum_in_float64(weight, mean)
     repeats = pred.numel() // max(weight.numel(), 1)
     total = total.double() * repeats
     return total.masked_fill(total == 0, math.inf)

@@ -38,3 +38,19 @@ def make_batch(
     pred = pred.to(device, dtype)
     target = target.to(device, target_dtype or dtype)
     return pred.requires_grad_(requires_grad), target
+
+
+def make_weight(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    zeros: float = 0.3,
+    seed: int = 0,
+) -> Tensor:
+    """A share of zeros but the first, the rest between 0.1 and 4.1 or, of bool, True."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    weight = 0.1 + 4 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    counts = torch.rand(shape, generator=generator) >= zeros
+    counts.view(-1)[:1] = True
+    return torch.where(counts, weight, 0).to(device, dtype)

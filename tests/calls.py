@@ -3,7 +3,8 @@
 A call is a dictionary of plain values, so that a failing one can be printed and run again:
 shape, pred_dtype, target_dtype, pred_layout, target_layout, seed, positives (the share of positive
 cells), poisoned (NaN and infinity in masked places), magnitude, grad_output, settings (the
-keywords of the loss) and weights_in_tensors.
+keywords of the loss) and weights_in_tensors; with the tensors `weight` and `positive` also their
+shape, dtype, layout and the share of zeros.
 """
 
 from __future__ import annotations
@@ -39,6 +40,18 @@ def laid_out(values: torch.Tensor, layout: dict[str, Any], *, may_expand: bool) 
     return view.expand(values.shape)
 
 
+def given_tensor(call: dict[str, Any], name: str, device: str) -> torch.Tensor | None:
+    """The call's `weight` or `positive`, if it has one: zeros, else numbers between 0 and 4."""
+    plan = call.get(name)
+    if plan is None:
+        return None
+    generator = np.random.default_rng([call["seed"], len(name)])
+    values = np.asarray(4 * generator.random(plan["shape"]))
+    values = np.where(generator.random(plan["shape"]) < plan["zeros"], 0, values)
+    tensor = torch.from_numpy(values).to(plan["dtype"])
+    return moved(laid_out(tensor, plan["layout"], may_expand=True), device)
+
+
 def tensors_of(call: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The call's `(pred, target)` on a device; masked places are poisoned if it says so."""
     generator = np.random.default_rng(call["seed"])
@@ -59,11 +72,15 @@ def tensors_of(call: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.T
     target_tensor = laid_out(target_tensor, call["target_layout"], may_expand=True)
     if call["poisoned"]:
         confidence_now = target_tensor[:, -1:].double()
-        masked = (~(confidence_now > 0)).expand(shape).clone()
+        is_positive = given_tensor(call, "positive", "cpu")
+        is_positive = confidence_now > 0 if is_positive is None else is_positive
+        masked = (~is_positive).expand(shape).clone()
         masked[:, -1:] = False
         if ignore_value is not None:
             rounded = torch.tensor(ignore_value, dtype=torch.float64).to(call["target_dtype"])
             masked |= confidence_now == rounded.double()
+        if (weight := given_tensor(call, "weight", "cpu")) is not None:
+            masked |= weight == 0
         poison = torch.from_numpy(generator.choice(POISONS, size=shape))
         pred_tensor = torch.where(masked, poison.to(pred_tensor.dtype), pred_tensor)
     pred_tensor = laid_out(pred_tensor, call["pred_layout"], may_expand=False)
@@ -83,6 +100,9 @@ def check_call(impl: Implementation, call: dict[str, Any]) -> None:
     """Loss, stats and both gradients, twice, against the loops; the same loss under no_grad."""
     pred, target = tensors_of(call, impl.device)
     settings = dict(call["settings"])
+    for name in ("weight", "positive"):
+        if (tensor := given_tensor(call, name, impl.device)) is not None:
+            settings[name] = tensor
     given_settings = dict(settings)
     if call["weights_in_tensors"]:
         for name in ("negative_weight", "coord_weight"):

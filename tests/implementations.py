@@ -29,6 +29,11 @@ class Implementation:
     def loss(self, pred: Tensor, target: Tensor, **settings: Any) -> Any:
         return fcrn_fused.fcrn_loss(pred, target, backend=self.backend, **settings)
 
+    def masked_loss(
+        self, pred: Tensor, target: Tensor, weight: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        return fcrn_fused.masked_mse_loss(pred, target, weight, backend=self.backend, **settings)
+
     def module(self, **settings: Any) -> fcrn_fused.FCRNLoss:
         return fcrn_fused.FCRNLoss(backend=self.backend, **settings).to(self.device)
 

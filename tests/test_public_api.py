@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 
 import pytest
@@ -15,6 +16,8 @@ SIGNATURE = {
     "positive_weight": 1.0,
     "coord_weight": 1.0,
     "ignore_value": None,
+    "weight": None,
+    "positive": None,
     "reduction": "mean",
     "return_stats": False,
     "backend": "auto",
@@ -27,9 +30,11 @@ def test_the_public_names() -> None:
         "FCRNLossFunction",
         "FCRNLossStats",
         "LinearNegativeWeight",
+        "MaskedMSELoss",
         "StepNegativeWeight",
         "__version__",
         "fcrn_loss",
+        "masked_mse_loss",
         "reference",
         "show_config",
     }
@@ -50,8 +55,25 @@ def test_signatures(name: str) -> None:
         assert parameters[keyword].default == default
 
 
+MASKED = {
+    "masked_mse_loss": "pred, target, weight=None, *, reduction='mean', backend='auto'",
+    "reference.masked_mse_loss": "pred, target, weight=None, *, reduction='mean'",
+    "MaskedMSELoss": "reduction='mean', backend='auto'",
+    "MaskedMSELoss.forward": "self, pred, target, weight=None",
+    "FCRNLoss.forward": "self, pred, target, *, weight=None, positive=None",
+}
+
+
+@pytest.mark.parametrize(("name", "want"), MASKED.items(), ids=MASKED)
+def test_signatures_with_a_weight(name: str, want: str) -> None:
+    signature = inspect.signature(operator.attrgetter(name)(fcrn_fused))
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(plain)) == f"({want})"
+
+
 def test_the_kinds_of_the_public_names() -> None:
     assert issubclass(fcrn_fused.FCRNLoss, torch.nn.Module)
+    assert issubclass(fcrn_fused.MaskedMSELoss, torch.nn.Module)
     assert issubclass(fcrn_fused.FCRNLossFunction, torch.autograd.Function)
     assert issubclass(fcrn_fused.FCRNLossStats, tuple)
     assert fcrn_fused.FCRNLossStats._fields == (
@@ -95,6 +117,7 @@ def test_everything_public_has_a_docstring() -> None:
             assert inspect.getdoc(getattr(fcrn_fused, name))
     for owner in (
         fcrn_fused.FCRNLoss,
+        fcrn_fused.MaskedMSELoss,
         fcrn_fused.StepNegativeWeight,
         fcrn_fused.LinearNegativeWeight,
     ):
