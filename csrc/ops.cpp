@@ -13,16 +13,26 @@ struct Cpu {
   }
 };
 
+// sum_into(weight, sum): a dense tensor of weights, and a 0-dim float64 one for their sum.
+void sum_into(const fcrn::Tensor& weight, const fcrn::Tensor& sum) {
+  STD_TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous");
+  auto* to = fcrn::numbers_in(sum, 1, weight, fcrn::ScalarType::Double, "sum");
+  const auto dtype = fcrn::dtype_of(weight, "weight", fcrn::Elements::floating_or_bool);
+  *static_cast<double*>(to) = fcrn::cpu::weight_sum(weight.const_data_ptr(), dtype, weight.numel());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fcrn_fused, library) {
   library.def(FCRN_FORWARD_INTO_SCHEMA);
   library.def(FCRN_BACKWARD_INTO_SCHEMA);
+  library.def("sum_into(Tensor weight, Tensor(a!) sum) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CPU, library) {
   library.impl("forward_into", TORCH_BOX(&fcrn::forward_into<Cpu>));
   library.impl("backward_into", TORCH_BOX(&fcrn::backward_into<Cpu>));
+  library.impl("sum_into", TORCH_BOX(&sum_into));
 }
 
 PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {

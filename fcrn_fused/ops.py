@@ -1,10 +1,11 @@
 """The operators: those in C++ find their kernels here, those in Python allocate and call them.
 
-`fcrn_fused::forward_into` and `fcrn_fused::backward_into`, in C++, are one pass over the maps each;
-they write into the tensors they are given. `fcrn_fused::forward` and `fcrn_fused::backward`
-allocate the results and can be traced and differentiated: they are what compiled, exported and
-traced programs hold. In eager mode `autograd.FCRNLossFunction` calls `run_forward` and
-`run_backward`, which are the same without the way through PyTorch's dispatcher.
+`fcrn_fused::forward_into` and `fcrn_fused::backward_into`, in C++, are one pass over the maps each,
+`fcrn_fused::sum_into` is one over weights; they write into the tensors they are given.
+`fcrn_fused::forward` and `fcrn_fused::backward` allocate the results and can be traced and
+differentiated: they are what compiled, exported and traced programs hold. In eager mode
+`autograd.FCRNLossFunction` calls `run_forward` and `run_backward`, which are the same without the
+way through PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .reductions import COUNT_POSITIVE, DIVISORS, OUTPUTS
-from .reference import accumulation_dtype, weight_sum
+from .reference import accumulation_dtype, weight_sum, weight_total
+from .tracing import is_traced
 from .validation import Rule
 from .version import __version__
 
@@ -70,10 +72,24 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
             coord = torch.tensor(coord, dtype=torch.float64, device=pred.device)
         coord_tensor, coord = coord, (0.0,)
     numbers = [negative, positive_weight, *coord] if has_kinds else []
-    total = weight_sum(pred, rule)
+    total = weight_sum(pred, rule, _weight_total)
     divisor = DIVISORS[reduction](pred) if total is None else 1
     tensors = (negative_tensor, coord_tensor, weight, positive, total)
     return *tensors, numbers, ignore_value, divisor, OUTPUTS.get(reduction, 0)
+
+
+def _weight_total(weight: Tensor) -> Tensor:
+    """As the reference has it, but without a copy of the weights."""
+    if is_traced() or weight.device.type == "meta":
+        return weight_total(weight)
+    if not weight.is_cpu:
+        return weight.sum() if weight.dtype is torch.bool else weight.sum(dtype=torch.float64)
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.movedim(1, -1)
+    total = weight.new_empty((), dtype=torch.float64)
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.fcrn_fused.sum_into.default(weight.contiguous(), total)
+    return total
 
 
 def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -355,7 +371,7 @@ def _register() -> None:
     for device in ("CPU", "CUDA"):
         _library.impl("forward", _forward_kernel, device)
         _library.impl("backward", _backward_kernel, device)
-    for name in ("forward_into", "backward_into"):
+    for name in ("forward_into", "backward_into", "sum_into"):
         operator = getattr(torch.ops.fcrn_fused, name).default
         _library.impl(name, functools.partial(_refuse_to_be_constant, operator), "Autograd")
         torch.library.register_fake(f"fcrn_fused::{name}", lambda *arguments: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from .tracing import is_traced
 from .validation import Rule, check, make_masked_rule, make_rule
 
 _SUMMED_BY_ONE_THREAD = 32_768
-_CONVERTED_AT_ONCE = 2**22  # elements, on a GPU
 
 
 def fcrn_loss(
@@ -95,11 +94,12 @@ def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
         counted = positive = torch.ones_like(pred, dtype=torch.bool)
         weight = torch.ones((), dtype=dtype, device=pred.device)
     if rule.weight is not None:
-        is_given = (rule.weight != 0).expand(pred.shape)
+        given = rule.weight.to(dtype)
+        is_given = (given != 0).expand(pred.shape)
         counted = counted & is_given
         if rule.has_kinds:
             positive = positive & is_given[:, -1:]
-        weight = weight * rule.weight.to(dtype)
+        weight = weight * given
     return WeighedCells(
         counted,
         positive,
@@ -150,32 +150,20 @@ def accumulation_dtype(pred: torch.dtype, target: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(pred, target), torch.float32)
 
 
-def _sum(errors: Tensor) -> Tensor:
+def _sum(values: Tensor) -> Tensor:
     """The sum of a tensor, the same whatever the number of threads.
 
     PyTorch splits a sum to one number among its threads from 32,768 elements on; a sum to several
     numbers gives each of them to one thread.
     """
-    kept = min(2, errors.dim() - 1)
-    if kept > 0 and errors.shape[0] * errors.shape[kept - 1] > 1:
-        errors = errors.sum(tuple(range(kept, errors.dim())))
-    if errors.numel() <= _SUMMED_BY_ONE_THREAD:
-        return errors.sum()
-    pieces = errors.flatten().split(_SUMMED_BY_ONE_THREAD)
+    kept = min(2, values.dim() - 1)
+    if kept > 0 and values.shape[0] * values.shape[kept - 1] > 1:
+        values = values.sum(tuple(range(kept, values.dim())))
+    # a traced program would sum the same number of pieces whatever it is given
+    if is_traced() or values.numel() <= _SUMMED_BY_ONE_THREAD:
+        return values.sum()
+    pieces = values.flatten().split(_SUMMED_BY_ONE_THREAD)
     return torch.stack([piece.sum() for piece in pieces]).sum()
-
-
-def _sum_in_float64(weight: Tensor, less: Tensor | None = None) -> Tensor:
-    """Of the weights, in pieces, as a copy of them in float64 would be larger than the gradient.
-
-    Gradients are divided by it: in float32 it would be off by more than the promised ulps.
-    """
-    most = _SUMMED_BY_ONE_THREAD if weight.is_cpu else _CONVERTED_AT_ONCE
-    if is_traced() or weight.numel() <= most:  # pieces are as many in every run of a traced program
-        return (weight if less is None else weight - less).sum(dtype=torch.float64)
-    dim = max(range(weight.dim()), key=weight.size)
-    pieces = weight.split(max(1, weight.shape[dim] * most // weight.numel()), dim)
-    return torch.stack([_sum_in_float64(piece, less) for piece in pieces]).sum()
 
 
 def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
@@ -185,7 +173,14 @@ def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
     return cells.positive.sum().clamp(min=1) if divisor == COUNT_POSITIVE else divisor
 
 
-def weight_sum(pred: Tensor, rule: Rule) -> Tensor | None:
+def weight_total(weight: Tensor) -> Tensor:
+    """The sum of a tensor of weights, 0-dim, exact or in float64: gradients are divided by it."""
+    return weight.sum() if weight.dtype is torch.bool else _sum(weight.double())
+
+
+def weight_sum(
+    pred: Tensor, rule: Rule, total: Callable[[Tensor], Tensor] = weight_total
+) -> Tensor | None:
     """By what the "mean" of `masked_mse_loss` is divided: the sum of all elements' weights.
 
     A 0-dim float64 tensor, infinite where the sum is 0: what is divided by it is 0. None: it is not
@@ -194,16 +189,9 @@ def weight_sum(pred: Tensor, rule: Rule) -> Tensor | None:
     weight = rule.weight
     if rule.has_kinds or rule.reduction != "mean" or weight is None or pred.numel() == 0:
         return None
-    if weight.dtype is torch.bool:
-        total = weight.count_nonzero() if weight.is_cpu else weight.sum()  # neither makes a copy
-    else:
-        total = _sum_in_float64(weight)
-        if weight.dtype is torch.float64:  # again from their mean on: what it rounds is less
-            mean = total / weight.numel()
-            total = mean * weight.numel() + _sum_in_float64(weight, mean)
     repeats = pred.numel() // max(weight.numel(), 1)
-    total = total.double() * repeats
-    return total.masked_fill(total == 0, math.inf)
+    of_all = total(weight).double() * repeats
+    return of_all.masked_fill(of_all == 0, math.inf)
 
 
 def _positive_weights(

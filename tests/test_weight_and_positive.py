@@ -357,7 +357,7 @@ def test_the_same_bits_for_every_number_of_threads(
 # ---- needless work ------------------------------------------------------------------------------
 
 LARGE = (16, 7, 64, 64)
-PIECE = 2**18  # bytes of the weights that are summed at a time
+PIECE = 2**18  # bytes of the weights that are summed at a time, in float64
 
 
 @each_loss

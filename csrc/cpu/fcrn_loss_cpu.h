@@ -29,6 +29,9 @@ void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums);
 // Computes the pass with PyTorch's threads.
 void run(const LossPass& pass);
 
+// The sum of `count` weights that lie side by side.
+double weight_sum(const void* weights, DType dtype, int64_t count);
+
 // The instruction set whose loops run on this machine: "avx2" or "baseline".
 const char* instruction_set();
 
