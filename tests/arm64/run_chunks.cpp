@@ -23,7 +23,7 @@ uint64_t hash(const void* data, size_t bytes) {
 }
 
 template <typename Pred, typename Target>
-void run(int images, int cells, float positives, bool planar) {
+void run(int images, int cells, float positives, bool planar, bool given) {
   const size_t elements = size_t(images) * kMaps * cells;
   std::vector<Pred> pred(elements), grad(elements);
   std::vector<Target> target(elements);
@@ -41,6 +41,12 @@ void run(int images, int cells, float positives, bool planar) {
       target[size_t(image) * kMaps * cells + (kMaps - 1) * map_stride + cell * cell_stride] =
           Convert<Target>::from(confidence);
     }
+  }
+  std::vector<float> weights(size_t(images) * cells);
+  std::vector<uint8_t> are_positive(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i] = uniform() < 0.3f ? 0.0f : uniform();
+    are_positive[i] = uniform() < positives;
   }
 
   int64_t num_positive = 0;
@@ -60,6 +66,14 @@ void run(int images, int cells, float positives, bool planar) {
   pass.grad.data = grad.data();
   pass.kinds = pass.target;
   pass.kinds.data = target.data() + (kMaps - 1) * map_stride;
+  if (given) {
+    pass.weight.image_stride = cells;
+    pass.weight.cell_strides[0] = 1;
+    pass.positive = pass.weight;
+    pass.weight.data = weights.data();
+    pass.positive.data = are_positive.data();
+    pass.positive.dtype = DType::boolean;
+  }
   pass.divisor = static_cast<double>(elements);
   pass.num_positive = &num_positive;
   pass.negative_weight.number = 0.01;
@@ -72,9 +86,10 @@ void run(int images, int cells, float positives, bool planar) {
   cpu::baseline::run_chunks(plan, 0, chunks, chunk_sums.data());
   Sums sums;
   for (const Sums& chunk : chunk_sums) sums.add(chunk);
-  std::printf("%d %d %g %d %d %d: %a %a %a %lld %016llx\n", static_cast<int>(pass.pred.dtype),
-              static_cast<int>(pass.target.dtype), positives, planar, images, cells, sums.coord,
-              sums.positive_conf, sums.negative_conf, static_cast<long long>(sums.num_positive),
+  std::printf("%d %d %g %d %d %d %d: %a %a %a %lld %016llx\n", static_cast<int>(pass.pred.dtype),
+              static_cast<int>(pass.target.dtype), positives, planar, given, images, cells,
+              sums.coord, sums.positive_conf, sums.negative_conf,
+              static_cast<long long>(sums.num_positive),
               static_cast<unsigned long long>(hash(grad.data(), elements * sizeof(Pred))));
 }
 
@@ -82,7 +97,9 @@ template <typename Pred, typename Target>
 void run_all() {
   for (int cells : {1, 15, 16, 17, 169, 256, 5000}) {
     for (float positives : {0.0f, 0.02f, 1.0f}) {
-      for (bool planar : {true, false}) run<Pred, Target>(3, cells, positives, planar);
+      for (bool planar : {true, false}) {
+        for (bool given : {true, false}) run<Pred, Target>(3, cells, positives, planar, given);
+      }
     }
   }
 }
