@@ -95,10 +95,10 @@ def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
         counted = positive = torch.ones_like(pred, dtype=torch.bool)
         weight = torch.ones((), dtype=dtype, device=pred.device)
     if rule.weight is not None:
-        is_given = (rule.weight != 0).expand(pred.shape)
-        counted = counted & is_given
+        counts = rule.weight != 0  # 0-dim, it may be on the CPU
+        counted = counted & counts
         if rule.has_kinds:
-            positive = positive & is_given[:, -1:]
+            positive = positive & (counts[:, -1:] if counts.dim() > 0 else counts)
         weight = weight * rule.weight.to(dtype)
     return WeighedCells(
         counted,
