@@ -95,10 +95,10 @@ def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
         weight = torch.ones((), dtype=dtype, device=pred.device)
     if rule.weight is not None:
         given = rule.weight.to(dtype)
-        is_given = (given != 0).expand(pred.shape)
-        counted = counted & is_given
+        counts = given != 0  # 0-dim, it may be on the CPU
+        counted = counted & counts
         if rule.has_kinds:
-            positive = positive & is_given[:, -1:]
+            positive = positive & (counts[:, -1:] if counts.dim() > 0 else counts)
         weight = weight * given
     return WeighedCells(
         counted,

@@ -166,6 +166,27 @@ def test_a_weight_of_ones_and_the_kinds_of_the_table_change_nothing(
         assert torch.equal(torch.autograd.grad(loss.sum(), pred)[0], want_grad)
 
 
+def test_more_than_2_to_the_31_elements(fused: Implementation) -> None:
+    """Which take no memory: images and cells of stride 0."""
+    shape = (9, 2000, 2**17)
+    pred, target = (torch.zeros((1, 2000, 1), device=fused.device) for _ in range(2))
+    pred[0, -1] = 0.5
+    weight = torch.full((9, 1, 2**17), 2.0, device=fused.device)
+    weight[-1, :, 1:] = 0
+    positive = torch.zeros((9, 1, 2**17), dtype=torch.bool, device=fused.device)
+    positive[-1, :, :2] = True
+    loss, stats = fused.loss(
+        pred.expand(shape),
+        target.expand(shape),
+        weight=weight,
+        positive=positive,
+        reduction="sum",
+        return_stats=True,
+    )
+    assert [part.item() for part in stats] == [0, 0.5, 8 * 2**17 / 2, 1]
+    assert loss.item() == 8 * 2**17 / 2 + 0.5
+
+
 def test_the_module_passes_both_on(impl: Implementation) -> None:
     pred, target, weight, positive = make_inputs(device=impl.device)
     module = impl.module(return_stats=True, **SETTINGS)
@@ -294,6 +315,16 @@ def test_second_derivatives_and_batched_gradients(
 
 
 @each_loss
+def test_a_number_on_the_cpu_weighs_tensors_elsewhere(impl: Implementation, name: str) -> None:
+    pred, target, weight, positive = make_inputs(weight_shape=())
+    moved = [x.detach().to("meta") for x in (pred, target, positive)]
+    moved[0].requires_grad_()
+    loss = loss_of(impl, name)(*moved[:2], weight, moved[2])
+    (gradient,) = torch.autograd.grad(loss, moved[0])
+    assert (loss.device, loss.shape, gradient.shape) == (torch.device("meta"), (), SHAPE)
+
+
+@each_loss
 @pytest.mark.parametrize("which", ["weight", "positive"])
 @pytest.mark.parametrize("weight_shape", [SHAPE, ()], ids=str)
 def test_a_weight_changed_in_place_is_an_error_or_has_no_effect(
@@ -414,18 +445,19 @@ def test_compile(impl: Implementation, name: str) -> None:
 
 
 class Step(torch.nn.Module):
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, impl: Implementation, name: str, reduction: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.network = torch.nn.Conv2d(3, 3, 1)
-        self.loss = loss
+        self.network = torch.nn.Conv2d(3, 3, 1, device=impl.device)
+        self.loss = loss_of(impl, name, reduction)
+        self.most = None if impl.is_fused else 64  # PyTorch's sums are taken apart by size
 
     def forward(self, picture: Tensor, target: Tensor, weight: Tensor, positive: Tensor) -> Tensor:
         return self.loss(self.network(picture), target, weight, positive)
 
 
 def by_export(step: Step, inputs: Inputs) -> Any:
-    sizes = {0: torch.export.Dim("batch")}
+    sizes = {0: torch.export.Dim("batch", min=2, max=step.most)}
     return torch.export.export(step, inputs, dynamic_shapes=(sizes,) * 4).module()
 
 
@@ -444,10 +476,10 @@ def by_compile(step: Step, _: Inputs) -> Any:
 @pytest.mark.parametrize("program_of", [by_export, by_jit_trace, by_compile])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_step_that_was_exported_or_traced_trains(
-    fused: Implementation, program_of: Callable[[Step, Inputs], Any], reduction: str, name: str
+    impl: Implementation, program_of: Callable[[Step, Inputs], Any], reduction: str, name: str
 ) -> None:
     """With other weights, also of a larger batch."""
-    step = Step(loss_of(fused, name, reduction)).to(fused.device)
+    step = Step(impl, name, reduction)
 
     def inputs(batch: int) -> Inputs:
         return make_inputs(
@@ -455,7 +487,7 @@ def test_a_step_that_was_exported_or_traced_trains(
             weight_shape=(batch, 1, 4, 5),
             seed=batch,
             requires_grad=False,
-            device=fused.device,
+            device=impl.device,
         )
 
     program = program_of(step, inputs(2))
