@@ -245,10 +245,13 @@ class Loops {
   void planar(int64_t image, int64_t begin, int64_t end, CellSums& sums) const {
     const int64_t count = end - begin, pose_maps = pass_.num_pose_maps();
     Rows rows;
-    if (kGiven && pass_.positive)
-      convert_row(pass_.positive, 1, image, begin, count, rows.positives);
-    if (kGiven && weight_is_per_cell_)
-      convert_row(pass_.weight, pass_.weight_repeat, image, begin, count, rows.weights);
+    if (kGiven && pass_.positive) {
+      rows.positives = row_of(pass_.positive, 1, image, begin, count, rows.converted_positives);
+    }
+    if (kGiven && weight_is_per_cell_) {
+      rows.weights =
+          row_of(pass_.weight, pass_.weight_repeat, image, begin, count, rows.converted_weights);
+    }
     if (has_kinds()) {
       confidences(image, begin, count, rows, sums);
       store_rows(image, pose_maps, begin, count, rows);
@@ -300,9 +303,10 @@ class Loops {
   // one map of the results.
   struct Rows {
     int num_pose_blocks = 0;
-    int pose_blocks[kChunkBlocks];           // their first cells, counted from the chunk's
-    alignas(64) Acc weights[kChunkCells];    // where they are the same for all maps
-    alignas(64) Acc positives[kChunkCells];  // 1 or 0
+    int pose_blocks[kChunkBlocks];  // their first cells, counted from the chunk's
+    const Acc* weights;             // where they are the same for all maps
+    const Acc* positives;           // 1 or 0
+    alignas(64) Acc converted_weights[kChunkCells], converted_positives[kChunkCells];
     alignas(64) Pred grads[kChunkCells];
     alignas(64) Acc errors[kChunkCells];
     alignas(64) Acc cell_errors[kChunkCells];  // added up over the maps
@@ -338,14 +342,18 @@ class Loops {
     }
   }
 
-  static void convert_row(const TensorView& view, int64_t repeat, int64_t image, int64_t begin,
-                          int64_t count, Acc* row) {
+  // The same of a chunk, where it lies or in `row`; `repeat` cells share an element.
+  static const Acc* row_of(const TensorView& view, int64_t repeat, int64_t image, int64_t begin,
+                           int64_t count, Acc* row) {
     const int64_t stride = view.cell_strides[0];
     if (repeat == 1 && stride != 0) {
+      if (view.dtype == DTypeOf<Acc>::value && stride == 1 && count % kBlock == 0) {
+        return place<const Acc>(view, image, 0, begin);
+      }
       for (int64_t at = 0; at < count; at += kBlock) {
         convert_block(view, image, 0, begin + at, block_size(count - at), row + at);
       }
-      return;
+      return row;
     }
     for (int64_t at = 0; at < count;) {
       const int64_t index = stride == 0 ? 0 : (begin + at) / repeat;
@@ -353,9 +361,11 @@ class Loops {
       const int64_t end = left < count ? left : count;
       const Acc value =
           load_as<Acc>(view.data, view.dtype, image * view.image_stride + index * stride);
+      for (; at + kLanes<Acc> <= end; at += kLanes<Acc>) store<Acc>(row + at, splat(value));
       while (at < end) row[at++] = value;
     }
     for (int64_t at = count; at % kBlock != 0; ++at) row[at] = 0;
+    return row;
   }
 
   // The caller's weights of a block, `at` cells from the chunk's first, `begin`; null: there are
@@ -499,6 +509,10 @@ class Loops {
     Target padded_target[kBlock], padded_kinds[kBlock];
     Acc padded_scale[kBlock], converted_weights[kBlock];
     BlockErrors<Acc> errors = {};
+    // Known here, as the compiler takes it that each store into a row may change what a member
+    // says.
+    const bool by_kind = has_kinds(), weighted = kGiven && pass_.weight, scaled_by_cell = per_cell_;
+    const bool per_element_error = per_element_error_, per_cell_error = per_cell_error_;
     const int num_blocks = rows.num_pose_blocks;
     for (int block = 0; block < num_blocks; ++block) {
       ask_ahead(rows, block, preds, targets);
@@ -506,26 +520,28 @@ class Loops {
       const int size = block_size(count - at);
       const Pred* pred = block_of(preds + at, size, padded_pred);
       const Target* target = block_of(targets + at, size, padded_target);
-      const Target* kinds = has_kinds() ? block_of(all_kinds + at, size, padded_kinds) : nullptr;
-      const Acc* positive = positives(rows, at);
-      const Acc* given = weights(image, map, begin, at, size, rows, converted_weights);
-      const Acc* scale = scales(image, map, begin + at, size, padded_scale);
+      const Target* kinds = by_kind ? block_of(all_kinds + at, size, padded_kinds) : nullptr;
+      const Acc* positive = by_kind ? positives(rows, at) : nullptr;
+      const Acc* given =
+          weighted ? weights(image, map, begin, at, size, rows, converted_weights) : nullptr;
+      const Acc* scale =
+          scaled_by_cell ? scales(image, map, begin + at, size, padded_scale) : nullptr;
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
         decltype(V{} < V{}) counted;
-        if (has_kinds()) {
+        if (by_kind) {
           counted = kinds_of(constants, kinds + i, positive ? positive + i : nullptr).positive;
         } else {
           counted = size == kBlock ? V{} == V{} : is_inside<Acc>(i, size);
         }
         ElementWeight<V> scaled = weight;
-        if (scale) scaled.coefficient *= load<Acc>(scale + i);
-        if (kGiven && given) apply_weight(load<Acc>(given + i), scaled, counted);
+        if (scaled_by_cell) scaled.coefficient *= load<Acc>(scale + i);
+        if (weighted) apply_weight(load<Acc>(given + i), scaled, counted);
         const auto [error, grad] =
             element(counted, scaled, load<Acc>(pred + i) - load<Acc>(target + i));
         store<Acc>(rows.grads + at + i, grad);
         errors[i / kLanes<Acc>] += error;
-        if (per_element_error_) store<Acc>(rows.errors + at + i, error);
-        if (per_cell_error_) {
+        if (per_element_error) store<Acc>(rows.errors + at + i, error);
+        if (per_cell_error) {
           Acc* sum = rows.cell_errors + at + i;
           store<Acc>(sum, load<Acc>(sum) + error);
         }
