@@ -191,6 +191,12 @@ inline void store_row(void* to, const void* row, int64_t bytes, [[maybe_unused]]
 
 // ---- sums ---------------------------------------------------------------------------------------
 
+// A bool in the type of an argument.
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
 // Errors of a few blocks, by lanes.
 template <typename Acc>
 using BlockErrors = Vector<Acc>[kBlock / kLanes<Acc>];
@@ -509,42 +515,51 @@ class Loops {
     Target padded_target[kBlock], padded_kinds[kBlock];
     Acc padded_scale[kBlock], converted_weights[kBlock];
     BlockErrors<Acc> errors = {};
-    // Known here, as the compiler takes it that each store into a row may change what a member
-    // says.
-    const bool by_kind = has_kinds(), weighted = kGiven && pass_.weight, scaled_by_cell = per_cell_;
-    const bool per_element_error = per_element_error_, per_cell_error = per_cell_error_;
-    const int num_blocks = rows.num_pose_blocks;
-    for (int block = 0; block < num_blocks; ++block) {
-      ask_ahead(rows, block, preds, targets);
-      const int64_t at = rows.pose_blocks[block];
-      const int size = block_size(count - at);
-      const Pred* pred = block_of(preds + at, size, padded_pred);
-      const Target* target = block_of(targets + at, size, padded_target);
-      const Target* kinds = by_kind ? block_of(all_kinds + at, size, padded_kinds) : nullptr;
+    const bool by_kind = has_kinds(), weighted = kGiven && pass_.weight;
+    // Computes a block; kPlain: a whole one, of a pass that neither writes errors nor has a
+    // grad_output for each cell. What is tested for each vector otherwise costs a third.
+    const auto compute = [&](auto plain, int64_t at, int size) {
+      constexpr bool kPlain = decltype(plain)::value;
+      const Pred* pred = kPlain ? preds + at : block_of(preds + at, size, padded_pred);
+      const Target* target = kPlain ? targets + at : block_of(targets + at, size, padded_target);
+      const Target* kinds = !by_kind ? nullptr
+                            : kPlain ? all_kinds + at
+                                     : block_of(all_kinds + at, size, padded_kinds);
       const Acc* positive = by_kind ? positives(rows, at) : nullptr;
       const Acc* given =
           weighted ? weights(image, map, begin, at, size, rows, converted_weights) : nullptr;
-      const Acc* scale =
-          scaled_by_cell ? scales(image, map, begin + at, size, padded_scale) : nullptr;
+      const Acc* scale = kPlain ? nullptr : scales(image, map, begin + at, size, padded_scale);
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
         decltype(V{} < V{}) counted;
         if (by_kind) {
           counted = kinds_of(constants, kinds + i, positive ? positive + i : nullptr).positive;
         } else {
-          counted = size == kBlock ? V{} == V{} : is_inside<Acc>(i, size);
+          counted = kPlain ? V{} == V{} : is_inside<Acc>(i, size);
         }
         ElementWeight<V> scaled = weight;
-        if (scaled_by_cell) scaled.coefficient *= load<Acc>(scale + i);
+        if (!kPlain && scale) scaled.coefficient *= load<Acc>(scale + i);
         if (weighted) apply_weight(load<Acc>(given + i), scaled, counted);
         const auto [error, grad] =
             element(counted, scaled, load<Acc>(pred + i) - load<Acc>(target + i));
         store<Acc>(rows.grads + at + i, grad);
         errors[i / kLanes<Acc>] += error;
-        if (per_element_error) store<Acc>(rows.errors + at + i, error);
-        if (per_cell_error) {
+        if (!kPlain && per_element_error_) store<Acc>(rows.errors + at + i, error);
+        if (!kPlain && per_cell_error_) {
           Acc* sum = rows.cell_errors + at + i;
           store<Acc>(sum, load<Acc>(sum) + error);
         }
+      }
+    };
+    const bool is_plain = !per_cell_ && !per_element_error_ && !per_cell_error_;
+    const int num_blocks = rows.num_pose_blocks;
+    for (int block = 0; block < num_blocks; ++block) {
+      ask_ahead(rows, block, preds, targets);
+      const int64_t at = rows.pose_blocks[block];
+      const int size = block_size(count - at);
+      if (is_plain && size == kBlock) {
+        compute(Constant<true>{}, at, kBlock);
+      } else {
+        compute(Constant<false>{}, at, size);
       }
       if ((block + 1) % kBlocksBetweenFlushes == 0 || block + 1 == num_blocks) {
         sums.coord.take(errors);
