@@ -86,9 +86,9 @@ def fcrn_loss(
             numbers, or a tensor of shape () or (C - 1,).
         ignore_value: target confidence of cells to leave out (compared in `target`'s dtype).
         weight: factor of `w`, bool or floating, on the device of `pred`: with as many dimensions as
-            `pred`, each of its size or 1, (B, 1, *S) for cells, (B, C, 1, 1) for maps; or 0-dim, also
-            on the CPU. Where it is 0 the element is masked as by the table; a cell whose confidence
-            is masked is not counted among the positive ones.
+            `pred`, each of its size or 1, (B, 1, *S) for cells, (B, C, 1, 1) for maps; or 0-dim,
+            also on the CPU. Where it is 0 the element is masked as by the table; a cell whose
+            confidence is masked is not counted among the positive ones.
         positive: which cells are positive in place of `t > 0`; bool, (B, 1, *S) or broadcasting to
             that.
         reduction: "mean" divides the sum of E by its number of elements, "batchmean" by B,
