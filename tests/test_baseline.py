@@ -19,21 +19,27 @@ ABOUT_VALUES = (  # accuracy follows from the same bits, below
     "test_dtypes.py",
     "test_half_gradients.py",
     "test_layouts.py",
+    "test_masked_mse_loss.py",
     "test_masking.py",
 )
 # Inputs from NumPy: PyTorch's own random numbers differ between instruction sets.
 PRINT_BITS = """
 import hashlib, numpy, torch
-from fcrn_fused import fcrn_loss
+from fcrn_fused import fcrn_loss, masked_mse_loss
 random = numpy.random.default_rng(0)
 for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
     for shape in ((2, 7, 64, 64), (3, 7, 13, 13), (1, 2, 5), (4, 3, 4097)):
         pred, target = (torch.from_numpy(random.standard_normal(shape)).to(dtype) for _ in "12")
         pred.requires_grad_()
-        loss = fcrn_loss(pred, target, negative_weight=0.3, backend="fused")
-        (3 * loss).backward()
-        bits = pred.grad.view(torch.uint8).numpy().tobytes()
-        print(dtype, shape, loss.item().hex(), hashlib.sha256(bits).hexdigest())
+        weight = torch.from_numpy(random.random(shape)).to(dtype)
+        for loss in (
+            fcrn_loss(pred, target, negative_weight=0.3, backend="fused"),
+            fcrn_loss(pred, target, weight=weight, positive=weight[:, :1] > 0.9, backend="fused"),
+            masked_mse_loss(pred, target, weight[:, :1] > 0.5, backend="fused"),
+        ):
+            (grad,) = torch.autograd.grad(3 * loss, pred)
+            bits = grad.view(torch.uint8).numpy().tobytes()
+            print(dtype, shape, loss.item().hex(), hashlib.sha256(bits).hexdigest())
 """
 
 
@@ -69,7 +75,7 @@ def test_the_same_bits_with_and_without_avx2() -> None:
         pytest.skip("this processor has no AVX2")
     with_it, without = (run_with(name, "-c", PRINT_BITS) for name in ("avx2", "default"))
     assert with_it.returncode == without.returncode == 0, with_it.stderr + without.stderr
-    assert len(with_it.stdout.splitlines()) == 16
+    assert len(with_it.stdout.splitlines()) == 48
     assert with_it.stdout == without.stdout
 
 
