@@ -80,8 +80,8 @@ def cpu_speed(records: Sequence[Record]) -> str:
     table = markdown_table([*head, "share of the floor", "bytes a cell"], rows)
     shares = [timings.floor_share(case) or 0 for case in timings.cases()]
     above = (
-        " More than 100 %\nis possible: a large gradient is put in huge pages, whose first touch "
-        "costs less than that\nof the pages that `zero_()` finds."
+        " More than 100 %\nis chance: a large block of memory is new to the process or not, and new pages cost "
+        "more than\nwhat is written there."
         if max(shares, default=0) > 1
         else ""
     )
