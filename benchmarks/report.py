@@ -80,8 +80,8 @@ def cpu_speed(records: Sequence[Record]) -> str:
     table = markdown_table([*head, "share of the floor", "bytes a cell"], rows)
     shares = [timings.floor_share(case) or 0 for case in timings.cases()]
     above = (
-        " More than 100 %\nis chance: a large block of memory is new to the process or not, and new pages cost "
-        "more than\nwhat is written there."
+        " More than 100 %\nis chance: large blocks are new memory or not, and new pages cost more "
+        "than\nwhat is written there."
         if max(shares, default=0) > 1
         else ""
     )
