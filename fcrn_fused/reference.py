@@ -175,7 +175,11 @@ def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
 
 def weight_total(weight: Tensor) -> Tensor:
     """The sum of a tensor of weights, 0-dim, exact or in float64: gradients are divided by it."""
-    return weight.sum() if weight.dtype is torch.bool else _sum(weight.double())
+    return weight.sum() if weight.dtype is torch.bool else _sum(weight.to(_widest(weight.device)))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
 
 
 def weight_sum(
@@ -190,7 +194,7 @@ def weight_sum(
     if rule.has_kinds or rule.reduction != "mean" or weight is None or pred.numel() == 0:
         return None
     repeats = pred.numel() // max(weight.numel(), 1)
-    of_all = total(weight).double() * repeats
+    of_all = total(weight).to(_widest(weight.device)) * repeats
     return of_all.masked_fill(of_all == 0, math.inf)
 
 

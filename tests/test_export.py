@@ -162,6 +162,20 @@ def test_opcheck_of_the_operators_that_write(
     )
 
 
+def test_opcheck_of_the_sum_of_weights(fused: Implementation) -> None:
+    if fused.device != "cpu":
+        pytest.skip("PyTorch's own sum does it there")
+    total = torch.empty((), dtype=torch.float64)
+    for weight in (torch.rand(3, 5), torch.rand(40_000, dtype=torch.float64), torch.ones(3) > 0):
+        opcheck(torch.ops.fcrn_fused.sum_into.default, (weight, total))
+        torch.ops.fcrn_fused.sum_into(weight, total)
+        torch.testing.assert_close(total, weight.double().sum())
+    with pytest.raises(RuntimeError, match="weight must be contiguous"):
+        torch.ops.fcrn_fused.sum_into(torch.rand(4, 4)[:, ::2], total)
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.ops.fcrn_fused.sum_into(torch.rand(3, requires_grad=True), total)
+
+
 def test_opcheck_of_dynamic_tracing(fused: Implementation) -> None:
     """AOTAutograd with symbolic sizes over the operators."""
     pred, target = make_batch((2, 3, 4, 6), device=fused.device)
