@@ -159,8 +159,8 @@ def _sum(errors: Tensor) -> Tensor:
     kept = min(2, errors.dim() - 1)
     if kept > 0 and errors.shape[0] * errors.shape[kept - 1] > 1:
         errors = errors.sum(tuple(range(kept, errors.dim())))
-    if errors.numel() <= _SUMMED_BY_ONE_THREAD:
-        return errors.sum()
+    if is_traced() or errors.numel() <= _SUMMED_BY_ONE_THREAD:
+        return errors.sum()  # a traced program would keep the number of pieces of its example
     pieces = errors.flatten().split(_SUMMED_BY_ONE_THREAD)
     return torch.stack([piece.sum() for piece in pieces]).sum()
 
@@ -171,7 +171,7 @@ def _sum_in_float64(weight: Tensor, less: Tensor | None = None) -> Tensor:
     Gradients are divided by it: in float32 it would be off by more than the promised ulps.
     """
     most = _SUMMED_BY_ONE_THREAD if weight.is_cpu else _CONVERTED_AT_ONCE
-    if is_traced() or weight.numel() <= most:  # pieces are as many in every run of a traced program
+    if is_traced() or weight.numel() <= most:
         return (weight if less is None else weight - less).sum(dtype=torch.float64)
     dim = max(range(weight.dim()), key=weight.size)
     pieces = weight.split(max(1, weight.shape[dim] * most // weight.numel()), dim)
