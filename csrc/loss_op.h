@@ -232,7 +232,7 @@ class GridBuilder {
   // Takes the innermost dimension along which the weight repeats itself out as the one of the maps,
   // but for the last: its elements are computed side by side. The number of maps.
   int64_t take_maps(std::vector<Dim>& dims, int weight) const {
-    for (size_t i = dims.size() > 0 ? dims.size() - 1 : 0; i-- > 0;) {
+    for (size_t i = dims.empty() ? 0 : dims.size() - 1; i-- > 0;) {
       if (dims[i].strides[weight] != 0) continue;
       const int64_t maps = dims[i].size;
       for (int v = 0; v < num_views_; ++v) views_[v]->map_stride = dims[i].strides[v];
