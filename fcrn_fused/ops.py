@@ -80,9 +80,9 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
 
 def _weight_total(weight: Tensor) -> Tensor:
     """As the reference has it, but without a copy of the weights."""
-    if is_traced() or weight.device.type == "meta":
+    if is_traced() or weight.is_meta or (weight.is_cuda and weight.dtype is torch.float64):
         return weight_total(weight)
-    if not weight.is_cpu:
+    if weight.is_cuda:
         return weight.sum() if weight.dtype is torch.bool else weight.sum(dtype=torch.float64)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.movedim(1, -1)

@@ -175,7 +175,13 @@ def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
 
 def weight_total(weight: Tensor) -> Tensor:
     """The sum of a tensor of weights, 0-dim, exact or in float64: gradients are divided by it."""
-    return weight.sum() if weight.dtype is torch.bool else _sum(weight.to(_widest(weight.device)))
+    if weight.dtype is torch.bool:
+        return weight.sum()
+    total = _sum(weight.to(_widest(weight.device)))
+    if weight.dtype is torch.float64:  # again from their mean on: what that rounds is less
+        mean = total / max(weight.numel(), 1)
+        total = mean * weight.numel() + _sum(weight - mean)
+    return total
 
 
 def _widest(device: torch.device) -> torch.dtype:
