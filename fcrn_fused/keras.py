@@ -14,7 +14,6 @@ from torch import Tensor
 from . import module
 from .functional import loss_by_rule
 from .schedule import LinearNegativeWeight, StepNegativeWeight
-from .validation import Rule
 
 try:
     import keras  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -125,16 +124,8 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
     ) -> Tensor:
         if self.data_format == "channels_last":
             y_true, y_pred = y_true.movedim(-1, 1), y_pred.movedim(-1, 1)
-        settings = self.module
-        rule = Rule(
-            settings.negative_weight,
-            settings.positive_weight,
-            settings.coord_weight,
-            settings.ignore_value,
-            reduction,
-            weight,
-        )
-        loss = loss_by_rule(y_pred, y_true, rule, False, settings.backend)
+        rule = self.module._rule(reduction, weight)
+        loss = loss_by_rule(y_pred, y_true, rule, False, self.module.backend)
         assert isinstance(loss, Tensor)
         # Keras adds up the means over the maps
         return loss / y_pred.shape[1] if reduction == "sum" else loss

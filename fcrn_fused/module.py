@@ -95,16 +95,21 @@ class FCRNLoss(nn.Module):
         positive: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, FCRNLossStats]:
         """The loss of `pred` against `target`, both (B, C, *S); as `fcrn_loss` returns it."""
-        rule = Rule(
+        rule = self._rule(self.reduction, weight, positive)
+        return loss_by_rule(pred, target, rule, self.return_stats, self.backend)
+
+    def _rule(
+        self, reduction: str, weight: Tensor | None = None, positive: Tensor | None = None
+    ) -> Rule:
+        return Rule(
             self.negative_weight,
             self.positive_weight,
             self.coord_weight,
             self.ignore_value,
-            self.reduction,
+            reduction,
             weight,
             positive,
         )
-        return loss_by_rule(pred, target, rule, self.return_stats, self.backend)
 
     def reset_parameters(self) -> None:
         """Fill both buffers with the values given at construction.

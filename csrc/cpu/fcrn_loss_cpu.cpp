@@ -1,11 +1,10 @@
 #include "fcrn_loss_cpu.h"
 
-#include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <cstdlib>
 #include <string_view>
 #include <vector>
+
+#include "parallel_for.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -70,11 +69,7 @@ void run(const LossPass& pass) {
   if (cells <= kGrainCells) {
     run_range(0, num_chunks);
   } else {
-    using RunRange = decltype(run_range);
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(
-        0, num_chunks, kGrainCells / kChunkCells,
-        [](int64_t first, int64_t last, void* run) { (*static_cast<RunRange*>(run))(first, last); },
-        &run_range));
+    parallel_for(num_chunks, kGrainCells / kChunkCells, run_range);
   }
   if (!pass.wants_sums()) return;
   Sums total;

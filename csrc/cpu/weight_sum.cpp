@@ -1,11 +1,9 @@
 // The sum of a caller's weights in double, in one read of them and without a copy: PyTorch's own
 // sums on the CPU convert a tensor as a whole before they add it up in another type.
-#include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <vector>
 
 #include "fcrn_loss_cpu.h"
+#include "parallel_for.h"
 
 namespace fcrn::cpu {
 namespace {
@@ -40,17 +38,13 @@ double sum_of(const T* from, int64_t count) {
 template <typename T>
 double sum_of_all(const T* from, int64_t count) {
   std::vector<double> sums((count + kPiece - 1) / kPiece);
-  const auto add = [&](int64_t first, int64_t last) {
+  auto add = [&](int64_t first, int64_t last) {
     for (int64_t piece = first; piece < last; ++piece) {
       const int64_t left = count - piece * kPiece;
       sums[piece] = sum_of(from + piece * kPiece, left < kPiece ? left : kPiece);
     }
   };
-  using Add = decltype(add);
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(
-      0, static_cast<int64_t>(sums.size()), 1,
-      [](int64_t first, int64_t last, void* add) { (*static_cast<Add*>(add))(first, last); },
-      const_cast<void*>(static_cast<const void*>(&add))));
+  parallel_for(static_cast<int64_t>(sums.size()), 1, add);
   return sum_of(sums.data(), static_cast<int64_t>(sums.size()));
 }
 
