@@ -199,6 +199,10 @@ def weight_sum(
     weight = rule.weight
     if rule.has_kinds or rule.reduction != "mean" or weight is None or pred.numel() == 0:
         return None
+    if not is_traced():  # which would keep the strides of its example
+        for dim, stride in enumerate(weight.stride()):
+            if stride == 0:  # expanded: what repeats itself is summed once, and not written out
+                weight = weight.narrow(dim, 0, 1)
     repeats = pred.numel() // max(weight.numel(), 1)
     of_all = total(weight).to(_widest(weight.device)) * repeats
     return of_all.masked_fill(of_all == 0, math.inf)

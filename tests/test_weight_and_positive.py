@@ -401,7 +401,8 @@ def test_nothing_but_the_gradient_grows_with_the_input(
     )
     loss = loss_of(fused, name)
     gradient = 4 * pred.numel()
-    for each in (weight, weight.contiguous(memory_format=torch.channels_last)):
+    given = (weight, weight.contiguous(memory_format=torch.channels_last), weight.expand(LARGE))
+    for each in given:
         run = functools.partial(loss, pred, target, each, positive)
         for scale in (1.0, 2.0):
             peak, _ = allocations(
