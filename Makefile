@@ -104,7 +104,7 @@ $(STAMPS)/extras: $(STAMPS)/torch $(EXTRA_REQUIREMENTS)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch pyproject.toml
-	$(INSTALL) pytest pytest-xdist hypothesis keras nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(INSTALL) pytest pytest-xdist hypothesis keras nvidia-cuda-nvdisasm
 	@touch $@
 
 LINTERS := ruff mypy clang-format 'clang-tidy==22.*'

@@ -142,7 +142,11 @@ FCRN_HD Bits bfloat16_bits(Bits bits, Mask is_nan) {
 template <>
 struct Convert<BFloat16> {
   FCRN_HD static BFloat16 from(float value) {
+#ifdef __CUDA_ARCH__
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
     return {static_cast<uint16_t>(bfloat16_bits(bits_from_float(value), value != value))};
+#endif
   }
   FCRN_HD static BFloat16 from(double value);
 };

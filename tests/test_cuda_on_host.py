@@ -200,7 +200,7 @@ def test_kernels_have_no_races(case: Case) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_many_blocks_in_many_orders(seed: int) -> None:
-    case = Case((2, 3, 66, 64), multiprocessors=1, positives="scattered", seed=seed)
+    case = Case((2, 3, 66, 64), resident_blocks=8, positives="scattered", seed=seed)
     check(case, "plain", [Schedule("shuffled", seed * 8 + i, i + 1) for i in range(8)])
 
 

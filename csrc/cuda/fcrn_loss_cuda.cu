@@ -12,10 +12,13 @@
 namespace fcrn::cuda {
 namespace {
 
-int num_multiprocessors(int device) {
-  int number = 0;  // an attribute that the runtime keeps: no call of the driver
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device));
-  return number;
+// So many blocks of a kernel run on the current device at once.
+template <typename Kernel>
+int64_t resident_blocks(Kernel kernel, int device) {
+  int multiprocessors = 0, blocks = 0;  // what the runtime keeps: no synchronisation
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+  return int64_t{multiprocessors} * blocks;
 }
 
 // The blocks' sums and the ticket, in memory that belongs to this launch alone: any number of
@@ -37,7 +40,8 @@ struct Cuda {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     const auto stream = static_cast<cudaStream_t>(current);
-    run_pass(pass, num_multiprocessors(device), [&](auto kernel, unsigned blocks) {
+    run_pass(pass, [&](auto kernel, int64_t threads) {
+      const unsigned blocks = num_blocks(threads, resident_blocks(kernel, device));
       Workspace workspace;
       if (pass.wants_sums()) workspace = workspace_in(memory, blocks, stream);
       kernel<<<blocks, kThreads, 0, stream>>>(pass, workspace);
@@ -70,6 +74,6 @@ STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CUDA, library) {
 
 PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.doc() = "The CUDA kernels of fcrn_fused.";
-  m.attr("blocks_per_multiprocessor") = fcrn::cuda::kBlocksPerMultiprocessor;
+  m.attr("blocks_per_multiprocessor") = fcrn::cuda::kMostResidentBlocks;
   m.def("problem", &fcrn::cuda::problem, pybind11::arg("device"));
 }

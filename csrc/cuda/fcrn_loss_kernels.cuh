@@ -3,16 +3,16 @@
 //
 // Three kernels do a pass, and each writes the gradient and takes the sums in the same launch:
 //
-//   planar       a thread takes 16 bytes of cells; where the pose of none of them counts it reads
-//   the
+//   planar       a thread takes 16 bytes of cells; where none of their poses counts it reads the
 //                two confidences and writes the gradient, 36 bytes a cell in float32; compiled a
 //                second time (kGiven) for weights and kinds of the caller's, and for none
 //   interleaved  channels-last: a thread takes 16 bytes of elements, 84 bytes a cell in float32
 //   strided      whatever is left (odd planes, misaligned pointers, float64, mixed layouts): a
 //                thread takes a cell, element by element
 //
-// Threads walk the tensors with the stride of the grid, so that few blocks carry sums. A block's
-// sums are added in a fixed order; the block that is last to finish, by a ticket, adds the blocks'.
+// Threads walk the tensors with the stride of the grid, which is as large as can run at once. A
+// block's sums are added in a fixed order; the block that is last to finish, by a ticket, adds the
+// blocks'. docs/performance.md says why the kernels are as they are.
 #pragma once
 
 #include "../loss_pass.h"
@@ -21,10 +21,12 @@ namespace fcrn::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int kBlocksPerMultiprocessor = 8;
-// At least so many blocks of a multiprocessor at once: leaves 80 registers a thread. Left to
-// itself, ptxas aims at more and spills.
-constexpr int kResidentBlocks = 3;
+// So many blocks of a multiprocessor at once at least, which leaves 64 registers a thread: the most
+// that no kernel spills at, but for two kinds of planar ones.
+constexpr int kResidentBlocks = 4;
+constexpr int kMostResidentBlocks = 2048 / kThreads;  // on any GPU
+// A thread asks for so many maps of a positive cell before it waits for the first.
+constexpr int kMapsAtOnce = 2;
 
 // Where the blocks of a launch meet: memory of its own, whose ticket is 0 before the launch.
 struct Workspace {
@@ -38,18 +40,29 @@ struct Workspace {
 template <typename Pred, typename Target>
 constexpr int kVector = 16 / (sizeof(Pred) < sizeof(Target) ? sizeof(Pred) : sizeof(Target));
 
-// V elements from a 16-byte boundary.
-template <typename Acc, typename T, int V>
-__device__ __forceinline__ void load(const T* from, Acc (&to)[V]) {
-  T elements[V];
-#pragma unroll
-  for (int i = 0; i < V; i += 16 / sizeof(T)) {
-    const uint4 unit = __ldg(reinterpret_cast<const uint4*>(from + i));
-    memcpy(elements + i, &unit, sizeof(unit));
+// V elements that lie side by side, moved by the widest accesses that hold no more.
+template <typename T, int V>
+struct Elements {
+  static constexpr int kBytes = V * sizeof(T);
+  using Unit = std::conditional_t<kBytes % 16 == 0, uint4,
+                                  std::conditional_t<kBytes % 8 == 0, uint2, unsigned>>;
+  T values[V];
+
+  static __device__ bool may_lie_at(const T* place) {
+    return reinterpret_cast<uintptr_t>(place) % sizeof(Unit) == 0;
   }
+
+  static __device__ __forceinline__ Elements load(const T* from) {
+    Elements elements;
 #pragma unroll
-  for (int i = 0; i < V; ++i) to[i] = Convert<Acc>::from(elements[i]);
-}
+    for (int i = 0; i < kBytes; i += sizeof(Unit)) {
+      const Unit unit =
+          __ldg(reinterpret_cast<const Unit*>(reinterpret_cast<const char*>(from) + i));
+      memcpy(reinterpret_cast<char*>(elements.values) + i, &unit, sizeof(unit));
+    }
+    return elements;
+  }
+};
 
 template <typename T, typename Acc, int V>
 __device__ __forceinline__ void store(T* to, const Acc (&from)[V]) {
@@ -113,14 +126,52 @@ __device__ void finish(const LossPass& pass, const Workspace& workspace, const S
   if (threadIdx.x == 0) pass.write_results<Acc>(all);
 }
 
+// ---- what is the same for all threads of a block ------------------------------------------------
+
+// The weights of the pose maps that a block keeps; maps beyond that have the last of them, which is
+// right where all have one.
+constexpr uint32_t kPoseWeights = kThreads;
+
+// The constants of a pass and its weights, by the kind of an element. They take arithmetic in
+// double, of which many GPUs do two a clock, so a block computes them once.
+template <typename Acc>
+struct BlockConstants {
+  enum Entry : uint32_t { kMasked, kNegative, kPositive, kPose };
+
+  PassConstants<Acc> of_pass;
+  ElementWeight<Acc> weights[kPose + kPoseWeights];
+  Acc divisor;  // of a cell's errors
+  bool nothing_to_do;
+
+  __device__ ElementWeight<Acc> of_pose(uint32_t map) const {
+    return weights[kPose + (map < kPoseWeights ? map : kPoseWeights - 1)];
+  }
+
+  __device__ void set_up(const LossPass& pass) {
+    if (threadIdx.x == 0) {
+      of_pass = pass.constants<Acc>();
+      weights[kMasked] = {0, 0};
+      weights[kNegative] = of_pass.negative;
+      weights[kPositive] = of_pass.positive;
+      divisor = static_cast<Acc>(pass.divisor);
+      nothing_to_do = pass.has_nothing_to_do();
+    }
+    if (threadIdx.x < pass.num_pose_maps()) {
+      weights[kPose + threadIdx.x] =
+          ElementWeight<Acc>::of(pass.coord_weights.value(threadIdx.x), pass.dloss_derror());
+    }
+    __syncthreads();
+  }
+};
+
+// ---- planar: V cells of one image ---------------------------------------------------------------
+
 template <typename T>
 __device__ __forceinline__ T* at(const TensorView& view, uint32_t image, uint32_t map,
                                  uint32_t cell) {
   return static_cast<T*>(view.data) + (image * static_cast<uint32_t>(view.image_stride) +
                                        map * static_cast<uint32_t>(view.map_stride) + cell);
 }
-
-// ---- planar: V cells of one image ---------------------------------------------------------------
 
 // What the caller says of V cells that lie side by side, from one map of `view`; `repeat` of them
 // share an element.
@@ -130,177 +181,209 @@ __device__ __forceinline__ void load_given_as(const TensorView& view, uint32_t r
                                               Acc (&to)[V]) {
   const T* from = at<const T>(view, image, map, 0);
   const auto stride = static_cast<uint32_t>(view.cell_strides[0]);
-  const bool all_one = stride == 0 || repeat % V == 0;
-  to[0] = Convert<Acc>::from(from[cell / repeat * stride]);
+  Elements<T, V> given;
+  if (stride == 1 && repeat == 1 && given.may_lie_at(from + cell)) {
+    given = given.load(from + cell);
+  } else {
+    const bool all_one = stride == 0 || repeat % V == 0;
+    given.values[0] = from[cell / repeat * stride];
 #pragma unroll
-  for (int i = 1; i < V; ++i) {
-    to[i] = all_one ? to[0] : Convert<Acc>::from(from[(cell + i) / repeat * stride]);
+    for (int i = 1; i < V; ++i) {
+      given.values[i] = all_one ? given.values[0] : from[(cell + i) / repeat * stride];
+    }
   }
+#pragma unroll
+  for (int i = 0; i < V; ++i) to[i] = Convert<Acc>::from(given.values[i]);
 }
 
 template <typename Acc, int V>
 __device__ __forceinline__ void load_given(const TensorView& view, uint32_t repeat, uint32_t image,
                                            uint32_t map, uint32_t cell, Acc (&to)[V]) {
   switch (view.dtype) {
-    case DType::float64:
-      return load_given_as<double>(view, repeat, image, map, cell, to);
     case DType::float32:
       return load_given_as<float>(view, repeat, image, map, cell, to);
     case DType::float16:
       return load_given_as<Half>(view, repeat, image, map, cell, to);
     case DType::bfloat16:
       return load_given_as<BFloat16>(view, repeat, image, map, cell, to);
-    case DType::boolean:
+    default:
       return load_given_as<Bool>(view, repeat, image, map, cell, to);
   }
 }
 
-template <typename Acc, typename Pred, typename Target, bool kForward, bool kGiven>
+// The elements of a map as they lie in memory, so that those of many may be on their way.
+template <typename Acc, typename Pred, typename Target>
+struct PlanarMap {
+  static constexpr int V = kVector<Pred, Target>;
+  Elements<Pred, V> pred;
+  Elements<Target, V> target;
+  Elements<Acc, V> scale;  // grad_output, where it differs from cell to cell
+
+  __device__ __forceinline__ void load(const LossPass& pass, bool per_cell, uint32_t image,
+                                       uint32_t map, uint32_t cell) {
+    pred = pred.load(at<const Pred>(pass.pred, image, map, cell));
+    target = target.load(at<const Target>(pass.target, image, map, cell));
+    if (per_cell) scale = scale.load(at<const Acc>(pass.grad_output, image, map, cell));
+  }
+};
+
+template <typename Acc, typename Pred, typename Target, bool kForward, bool kGeneral>
 __device__ __forceinline__ void planar_cells(const LossPass& pass,
-                                             const PassConstants<Acc>& constants, uint32_t image,
-                                             uint32_t cell, Sums& sums) {
-  constexpr int V = kVector<Pred, Target>;
-  const bool has_kinds = !kGiven || pass.has_kinds;
-  const bool has_weight = kGiven && pass.weight;
+                                             const BlockConstants<Acc>& constants, uint32_t image,
+                                             uint32_t cell,
+                                             const PlanarMap<Acc, Pred, Target>& confidence,
+                                             Sums& sums) {
+  using Map = PlanarMap<Acc, Pred, Target>;
+  constexpr int V = Map::V;
+  const bool has_kinds = !kGeneral || pass.has_kinds;
+  const bool has_positive = kGeneral && pass.positive;
+  const bool has_weight = kGeneral && pass.weight;
   const bool weight_is_per_cell = has_weight && pass.weight.map_stride == 0;
+  const bool per_cell = kGeneral && !kForward && pass.has_grad_output_per_cell();
+  const bool cell_errors = kGeneral && kForward && pass.errors && pass.output == Output::cell;
+  const bool element_errors = kGeneral && kForward && pass.errors && !cell_errors;
   const uint32_t pose_maps =
-      static_cast<uint32_t>(kGiven ? pass.num_pose_maps() : pass.grid.maps - 1);
-  const bool per_cell = !kForward && pass.has_grad_output_per_cell();
-  const bool element_errors = kForward && pass.errors && pass.output == Output::element;
-  Acc pred[V], target[V], error[V], grad[V], scale[V], given[V];
-  Acc cell_error[V] = {};
-  bool has_pose[V];
-  bool any_pose = false;
+      static_cast<uint32_t>(kGeneral ? pass.num_pose_maps() : pass.grid.maps - 1);
+
+  Acc given[V], error[V], grad[V], cell_error[V] = {};
   if (weight_is_per_cell) {
     load_given(pass.weight, static_cast<uint32_t>(pass.weight_repeat), image, 0, cell, given);
   }
+  const auto element_of = [&](const Map& map, int i, ElementWeight<Acc> weight, bool& counted) {
+    if (per_cell) weight.coefficient *= map.scale.values[i];
+    if (has_weight) apply_weight(given[i], weight, counted);
+    return element(
+        counted, weight,
+        Convert<Acc>::from(map.pred.values[i]) - Convert<Acc>::from(map.target.values[i]));
+  };
+  const auto write = [&](uint32_t map) {
+    if (pass.grad) store(at<Pred>(pass.grad, image, map, cell), grad);
+    if (element_errors) store(at<Acc>(pass.errors, image, map, cell), error);
+  };
+
+  bool has_pose[V];
+  Acc positive_error = 0, negative_error = 0;
+  int num_positive = 0;
   if (has_kinds) {
-    load(at<const Pred>(pass.pred, image, pose_maps, cell), pred);
-    load(at<const Target>(pass.target, image, pose_maps, cell), target);
-    if (per_cell) load(at<const Acc>(pass.grad_output, image, pose_maps, cell), scale);
-    if (has_weight && !weight_is_per_cell) {
+    if (has_weight && !weight_is_per_cell)
       load_given(pass.weight, 1, image, pose_maps, cell, given);
-    }
-    const bool has_positive = kGiven && pass.positive;
     Acc given_positive[V];
     if (has_positive) load_given_as<Bool>(pass.positive, 1, image, 0, cell, given_positive);
-    Acc positive_error = 0, negative_error = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const auto kind = has_positive ? kind_of(constants, target[i], given_positive[i] != Acc(0))
-                                     : kind_of(constants, target[i]);
-      auto weight = confidence_weight(constants, kind);
+      const Acc target = Convert<Acc>::from(confidence.target.values[i]);
+      const auto kind = has_positive
+                            ? kind_of(constants.of_pass, target, given_positive[i] != Acc(0))
+                            : kind_of(constants.of_pass, target);
       bool counted = kind.counted;
-      if (per_cell) weight.coefficient *= scale[i];
-      if (has_weight) apply_weight(given[i], weight, counted);
-      const auto result = element(counted, weight, pred[i] - target[i]);
+      const auto weight = confidence_weight(constants.of_pass, kind);
+      const auto result = element_of(confidence, i, weight, counted);
       has_pose[i] = kind.positive && (!weight_is_per_cell || counted);
-      any_pose |= has_pose[i];
       error[i] = cell_error[i] = result.error;
       grad[i] = result.gradient;
       positive_error += kind.positive ? error[i] : Acc(0);
       negative_error += kind.positive ? Acc(0) : error[i];
-      if (kForward) sums.num_positive += kind.positive && counted;
+      num_positive += kind.positive && counted;
     }
-    if (kForward) {
-      sums.negative_conf += negative_error;
-      if (kGiven || any_pose) sums.positive_conf += positive_error;
-    }
-    if (pass.grad) store(at<Pred>(pass.grad, image, pose_maps, cell), grad);
-    if (element_errors) store(at<Acc>(pass.errors, image, pose_maps, cell), error);
+    if (kForward) sums.negative_conf += negative_error;
+    write(pose_maps);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      has_pose[i] = !has_weight || given[i] != Acc(0);
-      any_pose |= has_pose[i];
-    }
+    for (int i = 0; i < V; ++i) has_pose[i] = !has_weight || given[i] != Acc(0);
   }
+  bool any_pose = false;
+#pragma unroll
+  for (int i = 0; i < V; ++i) any_pose |= has_pose[i];
 
-  const bool write_zeros = !pass.grad_is_for_one;
-  for (uint32_t map = 0; map < pose_maps; ++map) {
+  if (any_pose) {
+    if (kForward) {
+      sums.positive_conf += positive_error;
+      sums.num_positive += num_positive;
+    }
+    for (uint32_t first = 0; first < pose_maps; first += kMapsAtOnce) {
+      Map maps[kMapsAtOnce];
+#pragma unroll
+      for (int j = 0; j < kMapsAtOnce; ++j) {
+        if (j == 0 || first + j < pose_maps) maps[j].load(pass, per_cell, image, first + j, cell);
+      }
+#pragma unroll
+      for (int j = 0; j < kMapsAtOnce; ++j) {
+        const uint32_t map = first + j;
+        if (j > 0 && map == pose_maps) break;
+        const auto weight = constants.of_pose(map);
+        if (has_weight && !weight_is_per_cell) load_given(pass.weight, 1, image, map, cell, given);
+        Acc map_error = 0;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          bool counted = has_pose[i];
+          const auto result = element_of(maps[j], i, weight, counted);
+          error[i] = result.error;
+          grad[i] = result.gradient;
+          cell_error[i] += error[i];
+          map_error += error[i];
+        }
+        if (kForward) sums.coord += map_error;
+        write(map);
+      }
+    }
+  } else if (kForward || !pass.grad_is_for_one) {
 #pragma unroll
     for (int i = 0; i < V; ++i) error[i] = grad[i] = 0;
-    if (any_pose) {
-      const auto of_map =
-          ElementWeight<Acc>::of(pass.coord_weights.value(map), constants.dloss_derror);
-      load(at<const Pred>(pass.pred, image, map, cell), pred);
-      load(at<const Target>(pass.target, image, map, cell), target);
-      if (per_cell) load(at<const Acc>(pass.grad_output, image, map, cell), scale);
-      if (has_weight && !weight_is_per_cell) load_given(pass.weight, 1, image, map, cell, given);
-      Acc map_error = 0;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        auto weight = of_map;
-        bool counted = has_pose[i];
-        if (per_cell) weight.coefficient *= scale[i];
-        if (has_weight) apply_weight(given[i], weight, counted);
-        const auto result = element(counted, weight, pred[i] - target[i]);
-        error[i] = result.error;
-        grad[i] = result.gradient;
-        cell_error[i] += error[i];
-        map_error += error[i];
-      }
-      if (kForward) sums.coord += map_error;
-    }
-    if (pass.grad && (any_pose || write_zeros)) {
-      store(at<Pred>(pass.grad, image, map, cell), grad);
-    }
-    if (element_errors) store(at<Acc>(pass.errors, image, map, cell), error);
+#pragma unroll 1
+    for (uint32_t map = 0; map < pose_maps; ++map) write(map);
   }
-  if (kForward && pass.errors && pass.output == Output::cell) {
+  if (cell_errors) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) cell_error[i] /= static_cast<Acc>(pass.divisor);
+    for (int i = 0; i < V; ++i) cell_error[i] /= constants.divisor;
     store(at<Acc>(pass.errors, image, 0, cell), cell_error);
   }
 }
 
 // ---- interleaved: V elements that lie side by side ----------------------------------------------
 
+// They are of one cell or of two, as there are V - 1 maps at least.
 template <typename Acc, typename Pred, typename Target, bool kForward>
 __device__ __forceinline__ void interleaved_elements(const LossPass& pass,
-                                                     const PassConstants<Acc>& constants,
+                                                     const BlockConstants<Acc>& constants,
                                                      uint32_t first, Sums& sums) {
   constexpr int V = kVector<Pred, Target>;
-  const uint32_t maps = static_cast<uint32_t>(pass.grid.maps), last_map = maps - 1;
-  const auto* kinds = static_cast<const Target*>(pass.kinds.data);
-  const auto kind_of_cell = [&](uint32_t cell) {
-    return kind_of(constants, Convert<Acc>::from(kinds[cell * maps]));
+  using Constants = BlockConstants<Acc>;
+  const uint32_t maps = static_cast<uint32_t>(pass.grid.maps);
+  const uint32_t first_map = first % maps, of_first_cell = maps - first_map;
+  const auto pred = Elements<Pred, V>::load(static_cast<const Pred*>(pass.pred.data) + first);
+  const auto target =
+      Elements<Target, V>::load(static_cast<const Target*>(pass.target.data) + first);
+  // For both cells, the weight of the confidence, and a mask of those of the pose.
+  struct Cell {
+    uint32_t confidence, pose;
   };
-  Acc pred[V], target[V], error[V], grad[V];
-  load(static_cast<const Pred*>(pass.pred.data) + first, pred);
-  load(static_cast<const Target*>(pass.target.data) + first, target);
-  uint32_t cell = first / maps, map = first % maps;
-  auto kind = kind_of_cell(cell);
-  Acc coord_error = 0, positive_error = 0, negative_error = 0;
+  const auto cell_at = [&](uint32_t element) -> Cell {
+    const auto* kinds = static_cast<const Target*>(pass.kinds.data) + element;
+    const auto kind = kind_of(constants.of_pass, Convert<Acc>::from(*kinds));
+    if (kind.positive) return {Constants::kPositive, ~0u};
+    return {kind.counted ? Constants::kNegative : Constants::kMasked, 0};
+  };
+  const Cell one = cell_at(first - first_map);
+  const Cell two = cell_at(first - first_map + (of_first_cell < V ? maps : 0));
+  Acc error[V], grad[V], coord_error = 0, positive_error = 0, negative_error = 0;
+  int num_positive = 0;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const bool is_confidence = map == last_map;
-    const bool counted = is_confidence ? kind.counted : kind.positive;
-    error[i] = grad[i] = 0;
-    if (counted) {
-      const auto weight = is_confidence ? confidence_weight(constants, kind)
-                                        : ElementWeight<Acc>::of(pass.coord_weights.value(map),
-                                                                 constants.dloss_derror);
-      const auto result = element(counted, weight, pred[i] - target[i]);
-      error[i] = result.error;
-      grad[i] = result.gradient;
-    }
-    if (kForward) {
-      coord_error += is_confidence ? Acc(0) : error[i];
-      positive_error += is_confidence && kind.positive ? error[i] : Acc(0);
-      negative_error += is_confidence && !kind.positive ? error[i] : Acc(0);
-      sums.num_positive += is_confidence && kind.positive;
-    }
-    if (++map == maps && i + 1 < V) {
-      map = 0;
-      kind = kind_of_cell(++cell);
-    }
+    const Cell cell = i < of_first_cell ? one : two;
+    const uint32_t map = i + (i < of_first_cell ? first_map : first_map - maps);
+    const bool is_confidence = map == maps - 1;
+    const uint32_t kind = is_confidence ? cell.confidence : (Constants::kPose + map) & cell.pose;
+    const auto result =
+        element(kind != Constants::kMasked, constants.weights[kind],
+                Convert<Acc>::from(pred.values[i]) - Convert<Acc>::from(target.values[i]));
+    error[i] = result.error;
+    grad[i] = result.gradient;
+    coord_error += kind >= Constants::kPose ? error[i] : Acc(0);
+    positive_error += kind == Constants::kPositive ? error[i] : Acc(0);
+    negative_error += kind == Constants::kNegative ? error[i] : Acc(0);
+    num_positive += kind == Constants::kPositive;
   }
-  if (kForward) {
-    sums.coord += coord_error;
-    sums.positive_conf += positive_error;
-    sums.negative_conf += negative_error;
-  }
+  if (kForward) sums.add({coord_error, positive_error, negative_error, num_positive});
   if (pass.grad) store(static_cast<Pred*>(pass.grad.data) + first, grad);
   if (kForward && pass.errors) store(static_cast<Acc*>(pass.errors.data) + first, error);
 }
@@ -309,7 +392,7 @@ __device__ __forceinline__ void interleaved_elements(const LossPass& pass,
 
 template <typename Acc, typename Index, bool kForward>
 __device__ __forceinline__ void strided_cell(const LossPass& pass,
-                                             const PassConstants<Acc>& constants, Index image,
+                                             const BlockConstants<Acc>& constants, Index image,
                                              Index cell, Sums& sums) {
   const Index maps = static_cast<Index>(pass.grid.maps);
   const Index pose_maps = static_cast<Index>(pass.num_pose_maps());
@@ -330,10 +413,12 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
   const bool element_errors = kForward && pass.errors && pass.output == Output::element;
   // Computes and writes the element of a map; its error. Whether it counts is for the weight to
   // say.
-  const auto do_element = [&](Index map, bool& counted, ElementWeight<Acc> weight) {
+  const auto do_element = [&](Index map, bool& counted, auto&& weight_of) {
     Element<Acc> result = {0, 0};
-    if (counted && pass.weight) {
-      apply_weight(load_element(pass.weight, weight_cell, map), weight, counted);
+    ElementWeight<Acc> weight = {0, 0};
+    if (counted) {
+      weight = weight_of();
+      if (pass.weight) apply_weight(load_element(pass.weight, weight_cell, map), weight, counted);
     }
     if (counted) {
       if (per_cell) weight.coefficient *= load_element(pass.grad_output, scale_cell, map);
@@ -350,19 +435,22 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
   Kind<bool> kind = {true, true};
   if (pass.has_kinds) {
     const Acc confidence = load_element(pass.kinds, offset(pass.kinds), 0);
-    kind = pass.positive ? kind_of(constants, confidence,
+    kind = pass.positive ? kind_of(constants.of_pass, confidence,
                                    load_element(pass.positive, offset(pass.positive), 0) != Acc(0))
-                         : kind_of(constants, confidence);
+                         : kind_of(constants.of_pass, confidence);
   }
   Acc pose_error = 0, error = 0;
   for (Index map = 0; map < pose_maps; ++map) {
     bool counted = kind.positive;
-    pose_error +=
-        do_element(map, counted,
-                   ElementWeight<Acc>::of(pass.coord_weights.value(map), constants.dloss_derror));
+    pose_error += do_element(map, counted, [&] {
+      return ElementWeight<Acc>::of(pass.coord_weights.value(map), constants.of_pass.dloss_derror);
+    });
   }
   bool counted = kind.counted;
-  if (pose_maps < maps) error = do_element(pose_maps, counted, confidence_weight(constants, kind));
+  if (pose_maps < maps) {
+    error =
+        do_element(pose_maps, counted, [&] { return confidence_weight(constants.of_pass, kind); });
+  }
   if (kForward) {
     sums.coord += pose_error;
     (kind.positive ? sums.positive_conf : sums.negative_conf) += error;
@@ -379,20 +467,41 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
 // Each takes a 1-d grid of kThreads threads; its index must hold every offset in every tensor. A
 // forward pass takes the sums, a backward pass (kForward false) writes a gradient only.
 
-template <typename Acc, typename Pred, typename Target, bool kForward, bool kGiven>
-__global__ void __launch_bounds__(kThreads, kGiven ? 2 : kResidentBlocks)
+template <typename Acc, typename Pred, typename Target, bool kForward, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, kGeneral                         ? 2
+                                            : sizeof(Pred) == sizeof(Target) ? kResidentBlocks
+                                                                             : 3)
     planar_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
-  if (pass.has_nothing_to_do()) return;
-  const PassConstants<Acc> constants = pass.constants<Acc>();
+  __shared__ BlockConstants<Acc> constants;
+  constants.set_up(pass);
+  if (constants.nothing_to_do) return;
   constexpr int V = kVector<Pred, Target>;
   const uint32_t vectors_per_image = static_cast<uint32_t>(pass.grid.cells / V);
   const uint32_t vectors = static_cast<uint32_t>(pass.grid.images) * vectors_per_image;
+  const bool has_kinds = !kGeneral || pass.has_kinds;
+  const bool per_cell = kGeneral && !kForward && pass.has_grad_output_per_cell();
+  uint32_t vector = uint32_t(blockIdx.x) * kThreads + threadIdx.x;
+  // The place of a vector, and its confidences, which are asked for while the vector before it is
+  // worked on.
+  uint32_t image, cell;
+  PlanarMap<Acc, Pred, Target> confidence;
+  const auto go_to_vector = [&] {
+    if (vector >= vectors) return;
+    image = vector / vectors_per_image;
+    cell = (vector - image * vectors_per_image) * V;
+    if (has_kinds) {
+      confidence.load(pass, per_cell, image, static_cast<uint32_t>(pass.grid.maps - 1), cell);
+    }
+  };
   Sums sums;
-  for (uint32_t vector = uint32_t(blockIdx.x) * kThreads + threadIdx.x; vector < vectors;
-       vector += uint32_t(gridDim.x) * kThreads) {
-    const uint32_t image = vector / vectors_per_image;
-    const uint32_t cell = (vector - image * vectors_per_image) * V;
-    planar_cells<Acc, Pred, Target, kForward, kGiven>(pass, constants, image, cell, sums);
+  go_to_vector();
+  while (vector < vectors) {
+    const uint32_t this_image = image, this_cell = cell;
+    const auto this_confidence = confidence;
+    vector += uint32_t(gridDim.x) * kThreads;
+    go_to_vector();
+    planar_cells<Acc, Pred, Target, kForward, kGeneral>(pass, constants, this_image, this_cell,
+                                                        this_confidence, sums);
   }
   if (kForward && pass.wants_sums()) finish<Acc>(pass, workspace, sums);
 }
@@ -400,8 +509,9 @@ __global__ void __launch_bounds__(kThreads, kGiven ? 2 : kResidentBlocks)
 template <typename Acc, typename Pred, typename Target, bool kForward>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     interleaved_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
-  if (pass.has_nothing_to_do()) return;
-  const PassConstants<Acc> constants = pass.constants<Acc>();
+  __shared__ BlockConstants<Acc> constants;
+  constants.set_up(pass);
+  if (constants.nothing_to_do) return;
   constexpr int V = kVector<Pred, Target>;
   const uint32_t elements = static_cast<uint32_t>(pass.grid.cells * pass.grid.maps);
   Sums sums;
@@ -415,8 +525,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 template <typename Acc, typename Index, bool kForward>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     strided_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
-  if (pass.has_nothing_to_do()) return;
-  const PassConstants<Acc> constants = pass.constants<Acc>();
+  __shared__ BlockConstants<Acc> constants;
+  constants.set_up(pass);
+  if (constants.nothing_to_do) return;
   const Index cells_per_image = static_cast<Index>(pass.grid.cells);
   const Index cells = static_cast<Index>(pass.grid.images) * cells_per_image;
   Sums sums;
@@ -453,48 +564,51 @@ inline bool is_vector_planar(const LossPass& pass, int v) {
 
 inline bool is_vector_interleaved(const LossPass& pass, int v) {
   return pass.is_plain() && !pass.has_grad_output_per_cell() && pass.output != Output::cell &&
+         pass.grid.maps >= v - 1 && pass.grid.maps <= kPoseWeights &&
          pass.grid.cells * pass.grid.maps % v == 0 && pass.all_views([&](const TensorView& view) {
            return view.is_interleaved(pass.grid) &&
                   reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
          });
 }
 
-inline unsigned num_blocks(int64_t work_items, int num_multiprocessors) {
-  const int64_t wanted = (work_items + kThreads - 1) / kThreads;
-  const int64_t most = int64_t{num_multiprocessors} * kBlocksPerMultiprocessor;
-  return static_cast<unsigned>(wanted < 1 ? 1 : wanted < most ? wanted : most);
+// As many blocks as the threads fill, but no more than can run at once: those that came later would
+// set up and add sums a second time.
+inline unsigned num_blocks(int64_t threads, int64_t resident_blocks) {
+  const int64_t wanted = (threads + kThreads - 1) / kThreads;
+  return static_cast<unsigned>(wanted < 1                 ? 1
+                               : wanted < resident_blocks ? wanted
+                                                          : resident_blocks);
 }
 
 template <typename Index, bool kForward, typename Launch>
-void run_strided(const LossPass& pass, int num_multiprocessors, Launch&& launch) {
-  const unsigned blocks = num_blocks(pass.grid.images * pass.grid.cells, num_multiprocessors);
+void run_strided(const LossPass& pass, Launch&& launch) {
+  const int64_t cells = pass.grid.images * pass.grid.cells;
   if (is_double(pass.pred.dtype, pass.target.dtype)) {
-    launch(strided_kernel<double, Index, kForward>, blocks);
+    launch(strided_kernel<double, Index, kForward>, cells);
   } else {
-    launch(strided_kernel<float, Index, kForward>, blocks);
+    launch(strided_kernel<float, Index, kForward>, cells);
   }
 }
 
 // Launches the vector kernel for a pair of dtypes; false where the layout does not allow it.
 template <typename Acc, typename Pred, typename Target, bool kForward, typename Launch>
-bool run_vector(const LossPass& pass, int num_multiprocessors, Launch&& launch) {
-  if (pass.pred.dtype != DTypeOf<Pred>::value || pass.target.dtype != DTypeOf<Target>::value) {
-    return false;
-  }
+bool run_vector(const LossPass& pass, Launch&& launch) {
   constexpr int V = kVector<Pred, Target>;
   const int64_t cells = pass.grid.images * pass.grid.cells;
+  if (pass.pred.dtype != DTypeOf<Pred>::value || pass.target.dtype != DTypeOf<Target>::value ||
+      pass.weight.dtype == DType::float64 || pass.coord_weights.count > kPoseWeights) {
+    return false;
+  }
   if (is_vector_planar(pass, V)) {
-    const unsigned blocks = num_blocks(cells / V, num_multiprocessors);
-    if (pass.is_plain()) {
-      launch(planar_kernel<Acc, Pred, Target, kForward, false>, blocks);
+    if (pass.is_plain() && pass.output == Output::scalar) {
+      launch(planar_kernel<Acc, Pred, Target, kForward, false>, cells / V);
     } else {
-      launch(planar_kernel<Acc, Pred, Target, kForward, true>, blocks);
+      launch(planar_kernel<Acc, Pred, Target, kForward, true>, cells / V);
     }
     return true;
   }
   if (is_vector_interleaved(pass, V)) {
-    launch(interleaved_kernel<Acc, Pred, Target, kForward>,
-           num_blocks(cells * pass.grid.maps / V, num_multiprocessors));
+    launch(interleaved_kernel<Acc, Pred, Target, kForward>, cells * pass.grid.maps / V);
     return true;
   }
   return false;
@@ -503,28 +617,28 @@ bool run_vector(const LossPass& pass, int num_multiprocessors, Launch&& launch) 
 // Vectors for the pairs of dtypes that training meets; the others, float64 among them, and tensors
 // of 2^31 elements and more, which few have the memory for, go element by element.
 template <bool kForward, typename Launch>
-void run_kernel(const LossPass& pass, bool wide_index, int num_multiprocessors, Launch&& launch) {
+void run_kernel(const LossPass& pass, bool wide_index, Launch&& launch) {
   const auto run = [&]<typename Pred, typename Target>(Pred, Target) {
-    return run_vector<float, Pred, Target, kForward>(pass, num_multiprocessors, launch);
+    return run_vector<float, Pred, Target, kForward>(pass, launch);
   };
   if (wide_index) {
-    run_strided<int64_t, kForward>(pass, num_multiprocessors, launch);
+    run_strided<int64_t, kForward>(pass, launch);
   } else if (!run(float{}, float{}) && !run(BFloat16{}, float{}) && !run(Half{}, float{}) &&
              !run(BFloat16{}, BFloat16{}) && !run(Half{}, Half{})) {
-    run_strided<uint32_t, kForward>(pass, num_multiprocessors, launch);
+    run_strided<uint32_t, kForward>(pass, launch);
   }
 }
 
-// Chooses the kernel for a pass and calls `launch(kernel, blocks)`, which is to launch it with
-// kThreads threads a block, the pass and, for a forward pass, a Workspace of so many blocks.
+// Chooses the kernel for a pass and calls `launch(kernel, threads)`, which is to launch it with so
+// many threads if num_blocks() lets it, kThreads a block, the pass and, for a pass that takes sums,
+// a Workspace of so many blocks.
 template <typename Launch>
-void run_pass(const LossPass& pass, int num_multiprocessors, Launch&& launch,
-              bool wide_index = false) {
+void run_pass(const LossPass& pass, Launch&& launch, bool wide_index = false) {
   wide_index = wide_index || !fits_32_bits(pass);
   if (pass.is_forward()) {
-    run_kernel<true>(pass, wide_index, num_multiprocessors, launch);
+    run_kernel<true>(pass, wide_index, launch);
   } else {
-    run_kernel<false>(pass, wide_index, num_multiprocessors, launch);
+    run_kernel<false>(pass, wide_index, launch);
   }
 }
 

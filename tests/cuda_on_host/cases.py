@@ -41,7 +41,7 @@ _DENSE = ("contiguous", "channels_last", "transposed")
 _LOSS_RTOL = {torch.float64: 1e-13, torch.float32: 1e-6}  # the reference rounds too
 IGNORE_VALUE = -1.0
 THREADS = 256  # of a block, as the kernels' kThreads
-BLOCKS_PER_MULTIPROCESSOR = 8
+TABLE = 256  # pose maps whose weights a block keeps
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Case:
     ignored: bool = True
     negative_weight: float | str = 0.01  # "tensor": a tensor in memory
     coord_weight: str = "each"  # or one, tensor
-    multiprocessors: int = 2
+    resident_blocks: int = 16
     seed: int = 0
     weight: tuple[int, ...] | None = None  # the shape of what the caller gives
     weight_dtype: torch.dtype = torch.float32
@@ -86,7 +86,7 @@ class Case:
         kinds = self.positives + ("" if self.ignored else "-none_ignored")
         return (
             f"{self.reduction}-{shape}-{dtypes}-{layouts}-{kinds}"
-            f"-{self.coord_weight}-{self.negative_weight}-{self.multiprocessors}-{self.seed}{given}"
+            f"-{self.coord_weight}-{self.negative_weight}-{self.resident_blocks}-{self.seed}{given}"
         )
 
     @property
@@ -237,7 +237,7 @@ class Batch:
             case.has_kinds,
             output=OUTPUTS.get(case.reduction, 0),
             divisor=DIVISORS[case.reduction](self.pred),
-            multiprocessors=case.multiprocessors,
+            resident_blocks=case.resident_blocks,
         )
         if case.has_kinds:
             result.negative_weight = self.negative_weight
@@ -286,11 +286,15 @@ class Batch:
         dtypes = (result.buffers["pred"].dtype, result.buffers["target"].dtype)
         if result.wide_index or dtypes not in VECTOR_PAIRS:
             return "strided"
+        if self.case.weight_dtype == torch.float64:
+            return "strided"
         width = 16 // min(dtype.itemsize for dtype in dtypes)
         views = [name for name in result.views if name not in ("weight", "positive")]
         if not self.case.has_kinds:
             return "planar" if self._is_planar(result, views, width) else "strided"
         batch, maps, *spatial = self.case.shape
+        if self.case.coord_weight != "one" and maps - 1 > TABLE:
+            return "strided"
         cells = math.prod(spatial)
         grad_output_per_cell = "grad_output" in result.views
         planar, interleaved = True, self.case.is_plain
@@ -321,6 +325,7 @@ class Batch:
         if planar and cells_at_once % width == 0:
             return "planar"
         interleaved &= not grad_output_per_cell and self.case.reduction != "cell"
+        interleaved &= width - 1 <= maps <= TABLE
         if interleaved and batch * cells * maps % width == 0:
             return "interleaved"
         return "strided"
@@ -346,9 +351,7 @@ class Batch:
             "planar": cells // width,
             "interleaved": cells * grid.maps.size // width,
         }.get(kernel, cells)
-        return min(
-            max(1, -(-work // THREADS)), self.case.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-        )
+        return min(max(1, -(-work // THREADS)), self.case.resident_blocks)
 
     def _merged_cells(self, result: Pass, views: Sequence[str]) -> int:
         """Cells of a plane, which for C = 1 may be those of the whole batch."""
@@ -649,6 +652,10 @@ def _all_cases() -> list[Case]:
             Case((2, 3, 5, 5), torch.float16, coord_weight=coord_weight, negative_weight="tensor")
         )
     cases.append(Case((2, 41, 4, 4), coord_weight="tensor"))
+    # More of them than a block keeps.
+    for layout in ({}, both_channels_last()):
+        for coord_weight in ("one", "tensor"):
+            cases.append(Case((2, 300, 2, 4), coord_weight=coord_weight, **layout))
 
     for positives in ("none", "scattered", "all"):
         for ignored in (False, True):
@@ -657,13 +664,13 @@ def _all_cases() -> list[Case]:
         cases.append(Case((2, 7, 5, 5), half, half, positives=positives, reduction="batchmean"))
 
     # More work than the grid has threads: each goes round several times. And one block for all.
-    around = {"multiprocessors": 1, "positives": "scattered"}
+    around = {"resident_blocks": 8, "positives": "scattered"}
     cases.append(Case((2, 3, 66, 64), torch.float64, torch.float64, **around))
     cases.append(Case((2, 3, 130, 64), **around))
     cases.append(Case((2, 3, 39, 33), reduction="none", **around))
     cases.append(Case((1, 2, 53, 67), torch.float16, torch.float32, reduction="cell", **around))
     cases.append(Case((1, 3, 76, 64), reduction="positive", **both_channels_last(), **around))
-    cases.append(Case((2, 3, 64, 64), multiprocessors=132, reduction="batchmean"))
+    cases.append(Case((2, 3, 64, 64), resident_blocks=1056, reduction="batchmean"))
     return cases + _cases_with_weights() + _cases_without_kinds()
 
 
@@ -678,7 +685,8 @@ def _cases_with_weights() -> list[Case]:
         Case(maps, weight=cells, weight_dtype=torch.bool, **some),
         Case(maps, weight=cells, reduction="positive", negative_weight="tensor", **some),
         Case(maps, f16, f16, weight=cells, weight_dtype=bf16, reduction="sum", **some),
-        Case(maps, bf16, f32, weight=cells, weight_dtype=f64, reduction="batchmean", **some),
+        Case(maps, bf16, f32, weight=cells, weight_dtype=f16, reduction="batchmean", **some),
+        Case(maps, weight=cells, weight_dtype=f64, reduction="batchmean", **some),
         Case(maps, weight=(2, 7, 1, 1), coord_weight="tensor", **some),
         Case(maps, f16, f32, weight=(1, 7, 1, 1), weight_dtype=torch.bool, **some),
         Case(maps, weight=maps, reduction="positive", **some),
@@ -693,7 +701,7 @@ def _cases_with_weights() -> list[Case]:
         Case(maps, weight=cells, weight_dtype=torch.bool, positive=cells, reduction="cell", **some),
         Case(maps, weight=maps, positive=cells, ignored=False, reduction="positive", **some),
         Case((2, 1, 8, 8), weight=(2, 1, 8, 8), positive=(2, 1, 8, 8), reduction="positive"),
-        Case((2, 3, 66, 64), weight=(2, 1, 66, 64), multiprocessors=1, **some),
+        Case((2, 3, 66, 64), weight=(2, 1, 66, 64), resident_blocks=8, **some),
         # cell by cell
         Case((3, 7, 13, 13), weight=(3, 1, 13, 13), reduction="positive", **some),
         Case((3, 7, 13, 13), positive=(3, 1, 13, 1), weight=(3, 7, 13, 13), reduction="none"),
@@ -741,7 +749,7 @@ def _cases_without_kinds() -> list[Case]:
         masked((3, 5, 7), (3, 5, 1), (1, 7), f32, f32, boolean),
         masked((4, 6, 8), (4, 6, 1), (1, 8), f64, f32, f64, reduction="none"),
         masked(maps, per_map, (1, 256), f32, f32, boolean),
-        masked((6, 66, 64), (6, 66, 1), (1, 64), multiprocessors=1),
+        masked((6, 66, 64), (6, 66, 1), (1, 64), resident_blocks=8),
         # maps
         masked(maps, per_cell, (7, 1)),
         masked(maps, per_cell, (7, 1), bf16, f32, boolean, reduction="none"),

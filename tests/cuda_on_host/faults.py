@@ -40,12 +40,17 @@ def _checks(*cases: Case, schedules: tuple[Schedule, ...] = ()) -> Callable[...,
 
 
 _FORWARD = Schedule("forward")
-_SEVERAL_BLOCKS = Case((2, 3, 34, 32), multiprocessors=1, positives="scattered")
+_SEVERAL_BLOCKS = Case((2, 3, 34, 32), resident_blocks=8, positives="scattered")
 _STRIDED = Case((2, 3, 13, 13), reduction="positive", positives="scattered")
 _INTERLEAVED = Case((2, 7, 8, 16), reduction="sum", **both_channels_last())
 _MISALIGNED = Case((2, 7, 8, 16), pred_layout=Layout(misaligned_by=1))
+_ODD_MAPS = Case((2, 4, 8, 8), positives="all")
+_ROUND = Case((2, 3, 34, 64), resident_blocks=2)
+_MANY_MAPS = Case((2, 300, 2, 4), coord_weight="one")
+_MANY_WEIGHTS = Case((2, 300, 2, 4), coord_weight="tensor")
+_FEW_MAPS = Case((2, 2, 4, 4), **both_channels_last())
 _PADDED = Case((3, 2, 4, 8), target_layout=Layout("padded"))
-_NO_SUMS = Case((2, 3, 34, 32), reduction="none", multiprocessors=1)
+_NO_SUMS = Case((2, 3, 34, 32), reduction="none", resident_blocks=8)
 _NO_POSITIVES = Case((2, 3, 8, 8), reduction="positive", positives="none")
 
 # With weights and kinds of the caller's, by vectors and cell by cell; and without kinds.
@@ -54,6 +59,7 @@ _MAP_WEIGHTS = Case((2, 3, 8, 8), weight=(2, 3, 1, 1), positives="scattered")
 _SKEWED_WEIGHTS = Case(
     (2, 3, 8, 8), weight=(2, 3, 8, 8), weight_layout=Layout("channels_last"), positives="scattered"
 )
+_MISALIGNED_WEIGHTS = Case((2, 3, 8, 8), weight=(2, 3, 8, 8), weight_layout=Layout(misaligned_by=1))
 _GIVEN_KINDS = Case((2, 3, 8, 8), positive=(2, 1, 8, 8), positives="scattered")
 _INTERLEAVED_WEIGHTS = Case((2, 3, 8, 8), weight=(2, 1, 8, 8), **both_channels_last())
 _STRIDED_MAP_WEIGHTS = Case((2, 3, 5, 5), weight=(2, 3, 1, 1), positives="scattered")
@@ -127,14 +133,36 @@ FAULTS = (
         "  if (!is_last) return;\n  if (threadIdx.x < 64) __syncthreads();\n",
         message="is at this block barrier while thread .* waits at the block barrier",
     ),
+    Fault(
+        "no barrier before the weights are read",
+        "    }\n    __syncthreads();\n",
+        "    }\n",
+        message=r"race: .* shared memory",
+        how="race-quick",
+    ),
     # ---- tails -----------------------------------------------------------------------------------
-    Fault("the last vector is left out", " vector < vectors;", " vector + 1 < vectors;"),
+    Fault(
+        "the last vector is left out", "while (vector < vectors)", "while (vector + 1 < vectors)"
+    ),
     Fault(
         "one vector too many",
-        " vector < vectors;",
-        " vector <= vectors;",
-        message="AddressSanitizer: heap-buffer-overflow",
+        "pass.grid.images) * vectors_per_image;",
+        "pass.grid.images) * vectors_per_image + 1;",
+        message="AddressSanitizer",
         how="sanitized-quick",
+    ),
+    Fault(
+        "confidences behind the last vector are asked for",
+        "    if (vector >= vectors) return;\n",
+        "",
+        message="AddressSanitizer",
+        how="sanitized-quick",
+    ),
+    Fault(
+        "the confidences are those of the next vector",
+        "this_confidence, sums",
+        "confidence, sums",
+        check=_checks(_ROUND),
     ),
     Fault(
         "the last cell is left out", "; at < cells;", "; at + 1 < cells;", check=_checks(_STRIDED)
@@ -144,6 +172,25 @@ FAULTS = (
         " first < elements;",
         " first + V < elements;",
         check=_checks(_INTERLEAVED),
+    ),
+    Fault(
+        "an odd number of maps ends with one too many",
+        "if (j > 0 && map == pose_maps) break;",
+        "",
+        message=f"{_NOT_EQUAL}|nan",
+        check=_checks(_ODD_MAPS),
+    ),
+    Fault(
+        "the maps that are asked for at once are one",
+        "maps[j].load(pass, per_cell, image, first + j, cell);",
+        "maps[j].load(pass, per_cell, image, first, cell);",
+    ),
+    Fault(
+        "more blocks than can run at once",
+        "wanted < resident_blocks ? wanted",
+        "true ? wanted",
+        message="in 5 blocks",
+        check=_checks(_ROUND),
     ),
     # ---- warps -----------------------------------------------------------------------------------
     Fault(
@@ -177,8 +224,8 @@ FAULTS = (
     ),
     Fault(
         "a ticket is drawn where no sums are wanted",
-        "image, cell, sums);\n  }\n  if (kForward && pass.wants_sums()) finish",
-        "image, cell, sums);\n  }\n  if (kForward) finish",
+        "this_confidence, sums);\n  }\n  if (kForward && pass.wants_sums()) finish",
+        "this_confidence, sums);\n  }\n  if (kForward) finish",
         message="AddressSanitizer: SEGV on unknown address 0x0000",
         check=_checks(_NO_SUMS),
         how="sanitized-quick",
@@ -206,8 +253,8 @@ FAULTS = (
     # ---- masked elements -------------------------------------------------------------------------
     Fault(
         "pose maps are read where no cell is positive",
-        "    if (any_pose) {\n",
-        "    if (true) {\n",
+        "  if (any_pose) {\n",
+        "  if (true) {\n",
         message="AddressSanitizer: use-after-poison",
         how="sanitized-quick",
     ),
@@ -285,6 +332,26 @@ FAULTS = (
         check=_checks(_STRIDED_MAP_WEIGHTS),
     ),
     Fault(
+        "weights are read by the vector wherever they lie",
+        "given.may_lie_at(from + cell)",
+        "true",
+        message="__ldg of 16 bytes at the misaligned address",
+        check=_checks(_MISALIGNED_WEIGHTS),
+    ),
+    Fault(
+        "a block keeps the weights of any number of maps",
+        " || pass.coord_weights.count > kPoseWeights",
+        "",
+        message="strided",
+        check=_checks(_MANY_WEIGHTS),
+    ),
+    Fault(
+        "one weight is looked for behind what a block keeps",
+        "map < kPoseWeights ? map : kPoseWeights - 1",
+        "map",
+        check=_checks(_MANY_MAPS),
+    ),
+    Fault(
         "every cell of a row has its own weight",
         "static_cast<uint32_t>(pass.weight_repeat), image",
         "1, image",
@@ -322,12 +389,19 @@ FAULTS = (
         file=PASS,
     ),
     # ---- the kinds -------------------------------------------------------------------------------
-    Fault("the kinds are pred's", "kind_of(constants, target[i])", "kind_of(constants, pred[i])"),
+    Fault("the kinds are pred's", "confidence.target.values[i]", "confidence.pred.values[i]"),
     Fault(
         "channels-last: the kinds lie side by side",
-        "kinds[cell * maps]",
-        "kinds[cell]",
+        "(of_first_cell < V ? maps : 0)",
+        "(of_first_cell < V ? 1 : 0)",
         check=_checks(_INTERLEAVED),
+    ),
+    Fault(
+        "channels-last: elements of more than two cells",
+        "pass.grid.maps >= v - 1 && ",
+        "",
+        message="strided",
+        check=_checks(_FEW_MAPS),
     ),
     Fault(
         "element by element: the kinds have maps",
@@ -339,7 +413,7 @@ FAULTS = (
     ),
     Fault(
         "which cells are positive is not for the caller to say",
-        "has_positive = kGiven && pass.positive;",
+        "has_positive = kGeneral && pass.positive;",
         "has_positive = false;",
         check=_checks(_GIVEN_KINDS),
     ),
@@ -351,8 +425,8 @@ FAULTS = (
     ),
     Fault(
         "a cell whose confidence is masked counts among the positive",
-        "if (kForward) sums.num_positive += kind.positive && counted;",
-        "if (kForward) sums.num_positive += kind.positive;",
+        "      num_positive += kind.positive && counted;",
+        "      num_positive += kind.positive;",
         message="num_positive",
         check=_checks(_CELL_WEIGHTS),
     ),
@@ -458,8 +532,8 @@ FAULTS = (
     # ---- what is written -------------------------------------------------------------------------
     Fault(
         "the gradient is not written where it is 0",
-        "    if (pass.grad && (any_pose || write_zeros)) {\n",
-        "    if (pass.grad && any_pose) {\n",
+        "  } else if (kForward || !pass.grad_is_for_one) {\n",
+        "  } else if (false) {\n",
         message="gradient at .* is nan",
     ),
 )

@@ -186,7 +186,7 @@ void parse_line(Description& description, const std::string& line) {
   } else if (keyword == "weight_repeat") {
     words >> pass.weight_repeat;
   } else if (keyword == "machine") {
-    words >> description.multiprocessors;
+    words >> description.resident_blocks;
   } else if (keyword == "wide_index") {
     words >> description.wide_index;
   } else if (keyword == "negative_weight") {

@@ -54,7 +54,7 @@ struct Description {
       pieces;  // in the order of the data; index in the buffer
   std::vector<Forbidden> never_read;
   std::vector<cuda_on_host::Schedule> schedules;
-  int multiprocessors = 1;
+  int resident_blocks = 1;
   bool wide_index = false;
 
   Buffer& buffer(const std::string& name);

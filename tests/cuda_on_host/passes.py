@@ -157,7 +157,7 @@ class Pass:
     ignore_value: float | None = None  # rounded to the dtype of target
     wrt_target: bool = False
     grad_is_for_one: bool = False
-    multiprocessors: int = 2
+    resident_blocks: int = 16
     wide_index: bool = False  # 64 bits, though 32 would do
     buffers: dict[str, _Buffer] = field(default_factory=dict)
     views: dict[str, tuple[tuple[int, ...], bool]] = field(default_factory=dict)
@@ -251,7 +251,7 @@ class Pass:
                 float(self.positive_weight).hex(),
                 float(ignore_value).hex(),
             ],
-            ["machine", self.multiprocessors],
+            ["machine", self.resident_blocks],
             ["wide_index", int(self.wide_index)],
             ["coord_weights", *(float(weight).hex() for weight in weights)],
         ]

@@ -9,7 +9,7 @@
 //   weight_repeat CELLS                           so many of the last dimension have one weight
 //   negative_weight NUMBER
 //   coord_weights NUMBER...
-//   machine MULTIPROCESSORS
+//   machine BLOCKS                                so many can run at once
 //   wide_index YES                                offsets of 64 bits, though 32 would do
 //   buffer NAME DTYPE ELEMENTS MISALIGNED_BY READ WRITTEN
 //   piece NAME BEGIN SIZE                         bytes of a buffer that are given in the data
@@ -47,7 +47,8 @@ std::string name_of(const void* kernel) {
 
 void run(const Description& description, const cuda_on_host::Schedule& schedule) {
   const fcrn::LossPass& pass = description.pass;
-  const auto launch = [&](auto kernel, unsigned blocks) {
+  const auto launch = [&](auto kernel, int64_t threads) {
+    const unsigned blocks = fcrn::cuda::num_blocks(threads, description.resident_blocks);
     std::cout << name_of(reinterpret_cast<const void*>(kernel)) << " in " << blocks << " blocks\n";
     // Exactly as much as the launch is given on a GPU, and filled with what it may hold there: a
     // ticket that was cleared. A pass without sums is given nothing.
@@ -68,7 +69,7 @@ void run(const Description& description, const cuda_on_host::Schedule& schedule)
       refuse(std::to_string(blocks) + " blocks drew " + std::to_string(ticket) + " tickets");
     }
   };
-  fcrn::cuda::run_pass(pass, description.multiprocessors, launch, description.wide_index);
+  fcrn::cuda::run_pass(pass, launch, description.wide_index);
 }
 
 }  // namespace
