@@ -465,16 +465,14 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.relative_to(ROOT)}")
     write = parser.parse_args().write
-    page = PAGE.read_text()
     for name, table in TABLES.items():
         text = table()
         print(f"{name}:\n\n{text}\n")
-        begin, end = f"<!-- begin: {name} -->\n", f"\n<!-- end: {name} -->"
         if write:
-            before, _, after = page.partition(begin)
-            page = before + begin + text + end + after.partition(end)[2]
-    if write:
-        PAGE.write_text(page)
+            block = re.compile(f"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+            page, found = block.subn(rf"\g<1>{text}\n\g<2>", PAGE.read_text())
+            assert found == 1, f"{PAGE} has {found} places for the table {name!r}"
+            PAGE.write_text(page)
 
 
 if __name__ == "__main__":

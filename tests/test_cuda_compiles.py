@@ -71,8 +71,10 @@ def test_no_spill_and_no_stack_frame(kernels: list[Kernel]) -> None:
 def test_enough_warps_to_hide_memory(architecture: Architecture, kernels: list[Kernel]) -> None:
     for kernel in kernels:
         blocks = architecture.resident_blocks(kernel.registers)
-        halves = kernel.dtypes is not None and len(set(kernel.dtypes)) > 1
-        least = 2 if kernel.is_general else 3 if halves and kernel.kind == "planar" else 4
+        least = 4
+        if kernel.kind == "planar":
+            is_mixed, has_half = len({*kernel.dtypes}) > 1, kernel.dtypes != ("float32",) * 2
+            least -= 1 + has_half if kernel.is_general else is_mixed
         assert blocks >= least, (kernel.title, kernel.registers)
 
 
@@ -99,6 +101,15 @@ def test_vectors_are_moved_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
         if kernel.kind == "planar" and not kernel.is_general:
             loads = kernel.flow.count(loop, is_load)
             assert loads == kernel.flow.count(loop, is_wide_load), kernel.title
+
+
+@needs_nvdisasm
+@each_architecture
+def test_a_mask_of_a_vector_is_read_in_one_load(kernels: list[Kernel]) -> None:
+    for kernel in vectors(kernels):
+        if kernel.is_general:  # 4 bytes or 8; what is read element by element is not .CONSTANT
+            load = "LDG.E.CONSTANT" if kernel.dtypes == ("float32",) * 2 else "LDG.E.64.CONSTANT"
+            assert any(each.opcode.startswith(load) for each in kernel.code), kernel.title
 
 
 @needs_nvdisasm

@@ -5,8 +5,10 @@
 //
 //   planar       a thread takes 16 bytes of cells; where none of their poses counts it reads the
 //                two confidences and writes the gradient, 36 bytes a cell in float32; compiled a
-//                second time (kGiven) for weights and kinds of the caller's, and for none
-//   interleaved  channels-last: a thread takes 16 bytes of elements, 84 bytes a cell in float32
+//                second time (kGeneral) for a weight or kinds of the caller's, for no kinds at all
+//                and for losses that are no single number
+//   interleaved  channels-last: a thread takes 16 bytes of elements, of one cell or two; 84 bytes
+//                a cell in float32
 //   strided      whatever is left (odd planes, misaligned pointers, float64, mixed layouts): a
 //                thread takes a cell, element by element
 //
@@ -15,14 +17,16 @@
 // blocks'. docs/performance.md says why the kernels are as they are.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "../loss_pass.h"
 
 namespace fcrn::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-// So many blocks of a multiprocessor at once at least, which leaves 64 registers a thread: the most
-// that no kernel spills at, but for two kinds of planar ones.
+// So many blocks of a multiprocessor run at once at least, which leaves a thread 64 registers.
 constexpr int kResidentBlocks = 4;
 constexpr int kMostResidentBlocks = 2048 / kThreads;  // on any GPU
 // A thread asks for so many maps of a positive cell before it waits for the first.
@@ -40,9 +44,14 @@ struct Workspace {
 template <typename Pred, typename Target>
 constexpr int kVector = 16 / (sizeof(Pred) < sizeof(Target) ? sizeof(Pred) : sizeof(Target));
 
+// kResidentBlocks of the planar kernels: the most at which they do not spill.
+template <typename Pred, typename Target, bool kGeneral>
+constexpr int kPlanarBlocks = kGeneral ? (kVector<Pred, Target> == 4 ? 3 : 2)
+                                       : (sizeof(Pred) == sizeof(Target) ? kResidentBlocks : 3);
+
 // V elements that lie side by side, moved by the widest accesses that hold no more.
 template <typename T, int V>
-struct Elements {
+struct Vector {
   static constexpr int kBytes = V * sizeof(T);
   using Unit = std::conditional_t<kBytes % 16 == 0, uint4,
                                   std::conditional_t<kBytes % 8 == 0, uint2, unsigned>>;
@@ -52,15 +61,15 @@ struct Elements {
     return reinterpret_cast<uintptr_t>(place) % sizeof(Unit) == 0;
   }
 
-  static __device__ __forceinline__ Elements load(const T* from) {
-    Elements elements;
+  static __device__ __forceinline__ Vector load(const T* from) {
+    Vector vector;
 #pragma unroll
     for (int i = 0; i < kBytes; i += sizeof(Unit)) {
       const Unit unit =
           __ldg(reinterpret_cast<const Unit*>(reinterpret_cast<const char*>(from) + i));
-      memcpy(reinterpret_cast<char*>(elements.values) + i, &unit, sizeof(unit));
+      memcpy(reinterpret_cast<char*>(vector.values) + i, &unit, sizeof(unit));
     }
-    return elements;
+    return vector;
   }
 };
 
@@ -181,7 +190,7 @@ __device__ __forceinline__ void load_given_as(const TensorView& view, uint32_t r
                                               Acc (&to)[V]) {
   const T* from = at<const T>(view, image, map, 0);
   const auto stride = static_cast<uint32_t>(view.cell_strides[0]);
-  Elements<T, V> given;
+  Vector<T, V> given;
   if (stride == 1 && repeat == 1 && given.may_lie_at(from + cell)) {
     given = given.load(from + cell);
   } else {
@@ -215,9 +224,9 @@ __device__ __forceinline__ void load_given(const TensorView& view, uint32_t repe
 template <typename Acc, typename Pred, typename Target>
 struct PlanarMap {
   static constexpr int V = kVector<Pred, Target>;
-  Elements<Pred, V> pred;
-  Elements<Target, V> target;
-  Elements<Acc, V> scale;  // grad_output, where it differs from cell to cell
+  Vector<Pred, V> pred;
+  Vector<Target, V> target;
+  Vector<Acc, V> scale;  // grad_output, where it differs from cell to cell
 
   __device__ __forceinline__ void load(const LossPass& pass, bool per_cell, uint32_t image,
                                        uint32_t map, uint32_t cell) {
@@ -350,9 +359,8 @@ __device__ __forceinline__ void interleaved_elements(const LossPass& pass,
   using Constants = BlockConstants<Acc>;
   const uint32_t maps = static_cast<uint32_t>(pass.grid.maps);
   const uint32_t first_map = first % maps, of_first_cell = maps - first_map;
-  const auto pred = Elements<Pred, V>::load(static_cast<const Pred*>(pass.pred.data) + first);
-  const auto target =
-      Elements<Target, V>::load(static_cast<const Target*>(pass.target.data) + first);
+  const auto pred = Vector<Pred, V>::load(static_cast<const Pred*>(pass.pred.data) + first);
+  const auto target = Vector<Target, V>::load(static_cast<const Target*>(pass.target.data) + first);
   // For both cells, the weight of the confidence, and a mask of those of the pose.
   struct Cell {
     uint32_t confidence, pose;
@@ -468,9 +476,7 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
 // forward pass takes the sums, a backward pass (kForward false) writes a gradient only.
 
 template <typename Acc, typename Pred, typename Target, bool kForward, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kGeneral                         ? 2
-                                            : sizeof(Pred) == sizeof(Target) ? kResidentBlocks
-                                                                             : 3)
+__global__ void __launch_bounds__(kThreads, (kPlanarBlocks<Pred, Target, kGeneral>))
     planar_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   __shared__ BlockConstants<Acc> constants;
   constants.set_up(pass);
@@ -575,9 +581,7 @@ inline bool is_vector_interleaved(const LossPass& pass, int v) {
 // set up and add sums a second time.
 inline unsigned num_blocks(int64_t threads, int64_t resident_blocks) {
   const int64_t wanted = (threads + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(wanted < 1                 ? 1
-                               : wanted < resident_blocks ? wanted
-                                                          : resident_blocks);
+  return static_cast<unsigned>(std::max<int64_t>(1, std::min(wanted, resident_blocks)));
 }
 
 template <typename Index, bool kForward, typename Launch>

@@ -187,8 +187,8 @@ FAULTS = (
     ),
     Fault(
         "more blocks than can run at once",
-        "wanted < resident_blocks ? wanted",
-        "true ? wanted",
+        "std::min(wanted, resident_blocks)",
+        "wanted",
         message="in 5 blocks",
         check=_checks(_ROUND),
     ),
