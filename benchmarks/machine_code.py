@@ -220,14 +220,14 @@ class Flow:
         return total
 
     def loads_ahead(self) -> int:
-        """Loads of 16 bytes before the first store of as many, where a cell is positive."""
+        """Loads of 16 bytes where a cell is positive, before the first store of as many there."""
         loads = 0
         for block in sorted(self.main - self.without_pose()):
             for each in self.blocks[block]:
                 if is_wide_store(each):
                     return loads
                 loads += is_wide_load(each)
-        return 0
+        return loads
 
 
 # ---- kernels ------------------------------------------------------------------------------------

@@ -35,10 +35,10 @@ each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=l
 # Instructions of a vector without a positive cell, with a little room: of float32, of which a
 # vector holds 4, and of pairs with a half, of which it holds 8. What a general kernel has for other
 # weights and layouts counts too, though no vector goes through all of it.
-PLAIN = (200, 350)
+PLAIN = (210, 350)
 GENERAL = (1150, 2000)
 INTERLEAVED = (200, 380)
-TURING_HALVES = 60  # more: it has no instruction to round to bfloat16
+TURING_HALVES = 1.25  # times as many: it has no instruction to round to bfloat16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,5 +142,7 @@ def test_instructions_of_a_vector(architecture: Architecture, kernels: list[Kern
             budget = GENERAL if kernel.is_general else PLAIN
             issued = flow.issued(flow.without_pose())
         has_half = kernel.dtypes != ("float32", "float32")
-        most = budget[has_half] + TURING_HALVES * (has_half and architecture.name == "sm_75")
+        most = budget[has_half]
+        if has_half and architecture.name == "sm_75":
+            most *= TURING_HALVES
         assert 80 < issued <= most, (kernel.title, issued)

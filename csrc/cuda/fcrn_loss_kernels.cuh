@@ -254,7 +254,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
   const uint32_t pose_maps =
       static_cast<uint32_t>(kGeneral ? pass.num_pose_maps() : pass.grid.maps - 1);
 
-  Acc given[V], error[V], grad[V], cell_error[V] = {};
+  Acc given[V], cell_error[V] = {};
   if (weight_is_per_cell) {
     load_given(pass.weight, static_cast<uint32_t>(pass.weight_repeat), image, 0, cell, given);
   }
@@ -265,7 +265,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
         counted, weight,
         Convert<Acc>::from(map.pred.values[i]) - Convert<Acc>::from(map.target.values[i]));
   };
-  const auto write = [&](uint32_t map) {
+  const auto write = [&](uint32_t map, const Acc(&grad)[V], const Acc(&error)[V]) {
     if (pass.grad) store(at<Pred>(pass.grad, image, map, cell), grad);
     if (element_errors) store(at<Acc>(pass.errors, image, map, cell), error);
   };
@@ -276,7 +276,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
   if (has_kinds) {
     if (has_weight && !weight_is_per_cell)
       load_given(pass.weight, 1, image, pose_maps, cell, given);
-    Acc given_positive[V];
+    Acc error[V], grad[V], given_positive[V];
     if (has_positive) load_given_as<Bool>(pass.positive, 1, image, 0, cell, given_positive);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -295,7 +295,7 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
       num_positive += kind.positive && counted;
     }
     if (kForward) sums.negative_conf += negative_error;
-    write(pose_maps);
+    write(pose_maps, grad, error);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) has_pose[i] = !has_weight || given[i] != Acc(0);
@@ -304,42 +304,53 @@ __device__ __forceinline__ void planar_cells(const LossPass& pass,
 #pragma unroll
   for (int i = 0; i < V; ++i) any_pose |= has_pose[i];
 
-  if (any_pose) {
-    if (kForward) {
-      sums.positive_conf += positive_error;
-      sums.num_positive += num_positive;
-    }
-    for (uint32_t first = 0; first < pose_maps; first += kMapsAtOnce) {
-      Map maps[kMapsAtOnce];
-#pragma unroll
-      for (int j = 0; j < kMapsAtOnce; ++j) {
-        if (j == 0 || first + j < pose_maps) maps[j].load(pass, per_cell, image, first + j, cell);
-      }
-#pragma unroll
-      for (int j = 0; j < kMapsAtOnce; ++j) {
-        const uint32_t map = first + j;
-        if (j > 0 && map == pose_maps) break;
-        const auto weight = constants.of_pose(map);
-        if (has_weight && !weight_is_per_cell) load_given(pass.weight, 1, image, map, cell, given);
-        Acc map_error = 0;
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          bool counted = has_pose[i];
-          const auto result = element_of(maps[j], i, weight, counted);
-          error[i] = result.error;
-          grad[i] = result.gradient;
-          cell_error[i] += error[i];
-          map_error += error[i];
-        }
-        if (kForward) sums.coord += map_error;
-        write(map);
-      }
-    }
-  } else if (kForward || !pass.grad_is_for_one) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) error[i] = grad[i] = 0;
+  if (kForward && any_pose) {
+    sums.positive_conf += positive_error;
+    sums.num_positive += num_positive;
+  }
+  const bool write_zeros = kForward || !pass.grad_is_for_one;
+  // Few vectors have a positive cell: they leave their warp for this loop, the others for the next.
+  // Under masks most warps are mixed, and stay together.
+  if (any_pose || (kGeneral && write_zeros)) {
 #pragma unroll 1
-    for (uint32_t map = 0; map < pose_maps; ++map) write(map);
+    for (uint32_t first = 0; first < pose_maps; first += kMapsAtOnce) {
+      Acc grad[kMapsAtOnce][V] = {}, error[kMapsAtOnce][V] = {};
+      if (any_pose) {
+        Map maps[kMapsAtOnce];
+#pragma unroll
+        for (int j = 0; j < kMapsAtOnce; ++j) {
+          if (j == 0 || first + j < pose_maps) maps[j].load(pass, per_cell, image, first + j, cell);
+        }
+#pragma unroll
+        for (int j = 0; j < kMapsAtOnce; ++j) {
+          const uint32_t map = first + j;
+          if (j > 0 && map == pose_maps) break;
+          const auto weight = constants.of_pose(map);
+          if (has_weight && !weight_is_per_cell) {
+            load_given(pass.weight, 1, image, map, cell, given);
+          }
+          Acc map_error = 0;
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            bool counted = has_pose[i];
+            const auto result = element_of(maps[j], i, weight, counted);
+            error[j][i] = result.error;
+            grad[j][i] = result.gradient;
+            cell_error[i] += error[j][i];
+            map_error += error[j][i];
+          }
+          if (kForward) sums.coord += map_error;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kMapsAtOnce; ++j) {
+        if (j == 0 || first + j < pose_maps) write(first + j, grad[j], error[j]);
+      }
+    }
+  } else if (write_zeros) {
+    constexpr Acc zeros[V] = {};
+#pragma unroll 1
+    for (uint32_t map = 0; map < pose_maps; ++map) write(map, zeros, zeros);
   }
   if (cell_errors) {
 #pragma unroll
@@ -488,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, (kPlanarBlocks<Pred, Target, kGenera
   const bool per_cell = kGeneral && !kForward && pass.has_grad_output_per_cell();
   uint32_t vector = uint32_t(blockIdx.x) * kThreads + threadIdx.x;
   // The place of a vector, and its confidences, which are asked for while the vector before it is
-  // worked on.
+  // worked on; the general kernel has no registers to spare for that.
   uint32_t image, cell;
   PlanarMap<Acc, Pred, Target> confidence;
   const auto go_to_vector = [&] {
@@ -500,12 +511,13 @@ __global__ void __launch_bounds__(kThreads, (kPlanarBlocks<Pred, Target, kGenera
     }
   };
   Sums sums;
-  go_to_vector();
+  if (!kGeneral) go_to_vector();
   while (vector < vectors) {
+    if (kGeneral) go_to_vector();
     const uint32_t this_image = image, this_cell = cell;
     const auto this_confidence = confidence;
     vector += uint32_t(gridDim.x) * kThreads;
-    go_to_vector();
+    if (!kGeneral) go_to_vector();
     planar_cells<Acc, Pred, Target, kForward, kGeneral>(pass, constants, this_image, this_cell,
                                                         this_confidence, sums);
   }

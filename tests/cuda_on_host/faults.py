@@ -253,9 +253,17 @@ FAULTS = (
     # ---- masked elements -------------------------------------------------------------------------
     Fault(
         "pose maps are read where no cell is positive",
-        "  if (any_pose) {\n",
-        "  if (true) {\n",
+        "  if (any_pose || (kGeneral && write_zeros)) {\n",
+        "  any_pose = true;\n  if (true) {\n",
         message="AddressSanitizer: use-after-poison",
+        how="sanitized-quick",
+    ),
+    Fault(
+        "masked vectors are read with the others of their warp",
+        "      if (any_pose) {\n",
+        "      if (true) {\n",
+        message="AddressSanitizer: use-after-poison",
+        check=_checks(_CELL_WEIGHTS),
         how="sanitized-quick",
     ),
     Fault(
@@ -532,7 +540,7 @@ FAULTS = (
     # ---- what is written -------------------------------------------------------------------------
     Fault(
         "the gradient is not written where it is 0",
-        "  } else if (kForward || !pass.grad_is_for_one) {\n",
+        "  } else if (write_zeros) {\n",
         "  } else if (false) {\n",
         message="gradient at .* is nan",
     ),
