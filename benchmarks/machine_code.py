@@ -1,9 +1,7 @@
 """What nvcc makes of the CUDA kernels, read from their machine code; it needs no GPU.
 
-    python benchmarks/machine_code.py            # prints the tables
-    python benchmarks/machine_code.py --write    # puts them into docs/performance.md
-
-`tests/test_cuda_compiles.py` holds the same numbers to their budgets.
+Writes the counts to benchmarks/results/machine_code.json, of which report.py makes the tables in
+docs/performance.md. `tests/test_cuda_compiles.py` holds the same numbers to their budgets.
 """
 
 from __future__ import annotations
@@ -21,12 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "machine_code"
-PAGE = ROOT / "docs" / "performance.md"
 # All kernels, launched as csrc/cuda/fcrn_loss_cuda.cu does it, but without PyTorch.
 SOURCE = """
 #include "cuda/fcrn_loss_kernels.cuh"
@@ -210,6 +207,12 @@ class Flow:
         always = {block for block in self.main if not self._around(self.main - {block})}
         return always | (self.main - self.without_pose())
 
+    def ways(self) -> dict[str, set[int]]:
+        """The blocks that a vector goes through, by what it holds."""
+        if not self.inner:  # no loop over the maps: channels-last
+            return {"any": self.main}
+        return {"none positive": self.without_pose(), "all positive": self.with_pose()}
+
     def issued(self, blocks: set[int], which: Which = lambda _: True) -> int:
         """Instructions along blocks; those of a loop over the pose maps once for each of FCRN's."""
         total = 0
@@ -243,13 +246,7 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        return (
-            "planar"
-            if "planar" in self.name
-            else "interleaved"
-            if "inter" in self.name
-            else "strided"
-        )
+        return next(each for each in ("planar", "interleaved", "strided") if each in self.name)
 
     @property
     def dtypes(self) -> tuple[str, str] | None:
@@ -260,12 +257,12 @@ class Kernel:
 
     @property
     def is_forward(self) -> bool:
-        return "Lb1E" in self.name[: self.name.index("E", self.name.index("Lb")) + 1]
+        return re.findall("Lb([01])E", self.name)[0] == "1"
 
     @property
     def is_general(self) -> bool:
         """Of the planar kernels: for what the plain one does not do."""
-        return "ELb1EEE" in self.name
+        return re.findall("Lb([01])E", self.name)[1:] == ["1"]
 
     @property
     def title(self) -> str:
@@ -357,122 +354,54 @@ def compile_all() -> list[Architecture]:
     return architectures
 
 
-# ---- tables -------------------------------------------------------------------------------------
+# ---- the record ---------------------------------------------------------------------------------
 
 
-class GPU(NamedTuple):
-    """By the data sheets. A clock, a multiprocessor issues 4 instructions of a warp."""
-
-    name: str
-    architecture: str  # whose code it runs, or one like it
-    bandwidth: float  # GB/s
-    multiprocessors: int
-    clock: float  # GHz, boost
-    doubles: int  # additions of doubles a clock, of a multiprocessor
-    conversions: int  # to and from doubles
-
-
-GPUS = (
-    GPU("T4", "sm_75", 320, 40, 1.59, 2, 2),
-    GPU("RTX 3060", "sm_86", 360, 28, 1.78, 2, 2),
-    GPU("L4", "sm_86", 300, 58, 2.04, 2, 2),
-    GPU("RTX 4090", "sm_86", 1008, 128, 2.52, 2, 2),
-    GPU("A100 80 GB", "sm_80", 2039, 108, 1.41, 32, 16),
-    GPU("H100 SXM", "sm_90", 3350, 132, 1.98, 64, 16),
-    GPU("H200", "sm_90", 4800, 132, 1.98, 64, 16),
-    GPU("B200", "sm_100", 8000, 148, 1.97, 64, 16),
-)
-
-
-def shown(architecture: str) -> list[Kernel]:
-    """The kernels of the tables: forward, float32 and one of the halves."""
-    return sorted(
-        (
-            kernel
-            for kernel in kernels(architecture)
-            if kernel.is_forward and kernel.dtypes in (("float32",) * 2, ("bfloat16",) * 2)
-        ),
-        key=lambda kernel: (kernel.is_general, kernel.title),
-    )
-
-
-def bytes_of(kernel: Kernel, *, positive: bool) -> int:
-    """What a vector of FCRN's seven maps moves."""
-    element = 4 if kernel.dtypes == ("float32", "float32") else 2
-    if kernel.kind == "interleaved":
-        return 3 * 16
-    return 16 // element * element * (21 if positive else 9)
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def table_of_code() -> str:
-    architectures = compile_all()
-    names = [each.name for each in architectures]
-    rows = [_row("kernel", *names), _row("---", *["---"] * len(names))]
-    for title in [kernel.title for kernel in shown(names[0])]:
-        cells = []
-        for architecture in architectures:
-            kernel = next(k for k in shown(architecture.name) if k.title == title)
-            code = kernel.flow
-            ways = [code.without_pose(), code.with_pose()] if code.inner else [code.main]
-            issued = ", ".join(str(code.issued(way)) for way in ways)
-            blocks = architecture.resident_blocks(kernel.registers)
-            cells.append(f"{issued}; {kernel.registers}, {blocks}")
-        rows.append(_row(title.replace(", forward", ""), *cells))
-    return "\n".join(rows)
-
-
-def _share(gpu: GPU, kernel: Kernel, *, positive: bool) -> str:
-    """How long the instructions of a vector take, in parts of the time that its bytes take."""
-    code = kernel.flow
-    blocks = code.with_pose() if positive else code.without_pose()
-    memory = bytes_of(kernel, positive=positive) / gpu.bandwidth
-    clocks = gpu.multiprocessors * gpu.clock
-    issue = code.issued(blocks) / (4 * 32) / clocks
-    doubles = code.issued(blocks, is_double_arithmetic) / gpu.doubles / clocks
-    doubles += code.issued(blocks, is_double_conversion) / gpu.conversions / clocks
-    return f"{issue / memory:.0%}, {doubles / memory:.0%}"
-
-
-def table_of_gpus() -> str:
-    first = [kernel for kernel in shown(GPUS[0].architecture) if not kernel.is_general]
-    columns = [
-        (kernel.title, positive)
-        for kernel in first
-        for positive in ((False, True) if kernel.kind == "planar" else (True,))
-    ]
-    titles = [
-        title.replace(", forward", "")
-        + ("" if "inter" in title else ", all positive" if positive else ", none positive")
-        for title, positive in columns
-    ]
-    rows = [_row("GPU", *titles), _row("---", *["---"] * len(titles))]
-    for gpu in GPUS:
-        by_title = {kernel.title: kernel for kernel in shown(gpu.architecture)}
-        rows.append(_row(gpu.name, *[_share(gpu, by_title[t], positive=p) for t, p in columns]))
-    return "\n".join(rows)
-
-
-TABLES = {"machine code": table_of_code, "limits on paper": table_of_gpus}
+def counts(architecture: Architecture, kernel: Kernel) -> dict[str, Any]:
+    """What report.py makes its tables of."""
+    flow = kernel.flow
+    return {
+        "architecture": architecture.name,
+        "kernel": kernel.title,
+        "registers": kernel.registers,
+        "blocks": architecture.resident_blocks(kernel.registers),
+        "ways": {
+            name: {
+                "instructions": flow.issued(blocks),
+                "double_arithmetic": flow.issued(blocks, is_double_arithmetic),
+                "double_conversions": flow.issued(blocks, is_double_conversion),
+            }
+            for name, blocks in flow.ways().items()
+        },
+    }
 
 
 def main() -> None:
+    import provenance  # by bare name, as the benchmarks import each other when they are run
+
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="machine_code.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--write", action="store_true", help=f"into {PAGE.relative_to(ROOT)}")
-    write = parser.parse_args().write
-    for name, table in TABLES.items():
-        text = table()
-        print(f"{name}:\n\n{text}\n")
-        if write:
-            block = re.compile(f"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
-            page, found = block.subn(rf"\g<1>{text}\n\g<2>", PAGE.read_text())
-            assert found == 1, f"{PAGE} has {found} places for the table {name!r}"
-            PAGE.write_text(page)
+    path = provenance.RESULTS / "machine_code.json"
+    parser.add_argument("--output", type=Path, default=path, help="default: in benchmarks/results/")
+    path = parser.parse_args().output
+    rows = [
+        counts(architecture, kernel)
+        for architecture in compile_all()
+        for kernel in sorted(kernels(architecture.name), key=lambda kernel: kernel.title)
+        if kernel.kind != "strided"
+    ]
+    release = re.search(r"release ([\d.]+)", output(cuda_tool("nvcc") or "nvcc", "--version"))
+    record = {
+        "benchmark": "machine_code",
+        "nvcc": release and release[1],
+        "git_commit": provenance.git_commit(),
+        "rows": rows,
+    }
+    provenance.write_json(record, path)
+    print(f"written: {path}; `python benchmarks/report.py` makes the tables of it")
 
 
 if __name__ == "__main__":

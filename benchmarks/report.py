@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import provenance
 from bars import Timings, label
@@ -281,6 +281,92 @@ def _gpu_file(record: Record) -> str:
     return record.get("file", "gpu_*.json")
 
 
+# ---- machine code -------------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """Of a GPU, by its data sheet. A multiprocessor issues 4 instructions of a warp each clock."""
+
+    architecture: str  # whose code it runs, or one like it
+    bandwidth: float  # GB/s
+    multiprocessors: int
+    clock: float  # GHz, boost
+    double_arithmetic: int  # additions of a multiprocessor each clock
+    double_conversions: int
+
+
+GPUS = {
+    "T4": Limits("sm_75", 320, 40, 1.59, 2, 2),
+    "RTX 3060": Limits("sm_86", 360, 28, 1.78, 2, 2),
+    "L4": Limits("sm_86", 300, 58, 2.04, 2, 2),
+    "RTX 4090": Limits("sm_86", 1008, 128, 2.52, 2, 2),
+    "A100 80 GB": Limits("sm_80", 2039, 108, 1.41, 32, 16),
+    "H100 SXM": Limits("sm_90", 3350, 132, 1.98, 64, 16),
+    "H200": Limits("sm_90", 4800, 132, 1.98, 64, 16),
+    "B200": Limits("sm_100", 8000, 148, 1.97, 64, 16),
+}
+# A vector of FCRN's seven maps is 16 bytes of each: read are two confidences or all maps of pred
+# and target, written are all of the gradient; channels-last, as many elements.
+_VECTOR_BYTES = {"none positive": 16 * 9, "all positive": 16 * 21, "any": 16 * 3}
+_NOT_COUNTED = "No machine code has been counted yet: `python benchmarks/machine_code.py` does it."
+
+
+def _kernels(records: Sequence[Record], *, general: bool) -> dict[str, dict[str, Record]]:
+    """The forward kernels of float32 and bfloat16, by name and architecture."""
+    found: dict[str, dict[str, Record]] = {}
+    for row in records[-1]["rows"]:
+        words = row["kernel"].split(", ")
+        if "forward" not in words or "float16" in words or words[-2:] == ["bfloat16", "float32"]:
+            continue
+        if general or "general" not in words:
+            name = row["kernel"].replace(", forward", "")
+            found.setdefault(name, {})[row["architecture"]] = row
+    return dict(sorted(found.items(), key=lambda item: ("general" in item[0], item[0])))
+
+
+def machine_code(records: Sequence[Record]) -> str:
+    if not records:
+        return _NOT_COUNTED
+    rows = []
+    kernels = _kernels(records, general=True)
+    for name, by_architecture in kernels.items():
+        cells = []
+        for row in by_architecture.values():
+            issued = ", ".join(str(way["instructions"]) for way in row["ways"].values())
+            cells.append(f"{issued}; {row['registers']}, {row['blocks']}")
+        rows.append([name, *cells])
+    architectures = next(iter(kernels.values()))
+    return (
+        f"{markdown_table(['kernel', *architectures], rows)}\n\nnvcc {records[-1]['nvcc']}, "
+        f"commit {records[-1]['git_commit']}; counts in `benchmarks/results/machine_code.json`."
+    )
+
+
+def limits_on_paper(records: Sequence[Record]) -> str:
+    if not records:
+        return _NOT_COUNTED
+    columns = [
+        (f"{name}, {way}".removesuffix(", any"), way, rows)
+        for name, rows in _kernels(records, general=False).items()
+        for way in next(iter(rows.values()))["ways"]
+    ]
+    table = []
+    for gpu, limits in GPUS.items():
+        clocks = limits.multiprocessors * limits.clock
+        cells = []
+        for _, way, rows in columns:
+            count = rows[limits.architecture]["ways"][way]
+            memory = _VECTOR_BYTES[way] / limits.bandwidth
+            issue = count["instructions"] / (4 * 32) / clocks
+            doubles = sum(
+                count[kind] / getattr(limits, kind) / clocks
+                for kind in ("double_arithmetic", "double_conversions")
+            )
+            cells.append(f"{issue / memory:.0%}, {doubles / memory:.0%}")
+        table.append([gpu, *cells])
+    return markdown_table(["GPU", *(name for name, *_ in columns)], table)
+
+
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.1f}x"
 
@@ -299,6 +385,8 @@ BLOCKS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
     "gpu-dram": (gpu_dram, "gpu", "gpu_*.json"),
     "gpu-launches": (gpu_launches, "gpu", "gpu_*.json"),
     "gpu-bars": (gpu_bars, "gpu", "gpu_*.json"),
+    "machine-code": (machine_code, "machine_code", "machine_code.json"),
+    "limits-on-paper": (limits_on_paper, "machine_code", "machine_code.json"),
 }
 
 

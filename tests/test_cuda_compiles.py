@@ -125,7 +125,7 @@ def test_a_positive_cell_waits_once_for_two_maps(kernels: list[Kernel]) -> None:
 def test_double_arithmetic_is_that_of_the_sums(kernels: list[Kernel]) -> None:
     for kernel in vectors(kernels):
         flow = kernel.flow
-        blocks = flow.main if kernel.kind == "interleaved" else flow.without_pose()
+        blocks = next(iter(flow.ways().values()))
         most = 0 if not kernel.is_forward else 3 if kernel.kind == "interleaved" else 2
         for which in (is_double_arithmetic, is_double_conversion):
             assert flow.count(blocks, which) <= most, (kernel.title, which.__name__)
@@ -135,12 +135,9 @@ def test_double_arithmetic_is_that_of_the_sums(kernels: list[Kernel]) -> None:
 @each_architecture
 def test_instructions_of_a_vector(architecture: Architecture, kernels: list[Kernel]) -> None:
     for kernel in vectors(kernels):
-        flow = kernel.flow
-        if kernel.kind == "interleaved":
-            budget, issued = INTERLEAVED, flow.issued(flow.main)
-        else:
-            budget = GENERAL if kernel.is_general else PLAIN
-            issued = flow.issued(flow.without_pose())
+        issued = kernel.flow.issued(next(iter(kernel.flow.ways().values())))
+        is_planar = kernel.kind == "planar"
+        budget = GENERAL if kernel.is_general else PLAIN if is_planar else INTERLEAVED
         has_half = kernel.dtypes != ("float32", "float32")
         most = budget[has_half]
         if has_half and architecture.name == "sm_75":

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "fcrn_loss_cpu.h"
 
@@ -190,12 +191,6 @@ inline void store_row(void* to, const void* row, int64_t bytes, [[maybe_unused]]
 }
 
 // ---- sums ---------------------------------------------------------------------------------------
-
-// A bool in the type of an argument.
-template <bool kValue>
-struct Constant {
-  static constexpr bool value = kValue;
-};
 
 // Errors of a few blocks, by lanes.
 template <typename Acc>
@@ -557,9 +552,9 @@ class Loops {
       const int64_t at = rows.pose_blocks[block];
       const int size = block_size(count - at);
       if (is_plain && size == kBlock) {
-        compute(Constant<true>{}, at, kBlock);
+        compute(std::true_type{}, at, kBlock);
       } else {
-        compute(Constant<false>{}, at, size);
+        compute(std::false_type{}, at, size);
       }
       if ((block + 1) % kBlocksBetweenFlushes == 0 || block + 1 == num_blocks) {
         sums.coord.take(errors);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define FCRN_AVX2
 #define FCRN_INSTRUCTION_SET avx2
