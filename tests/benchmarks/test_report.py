@@ -12,11 +12,9 @@ def test_the_figures_of_the_pages_are_those_of_the_committed_json(capsys):
     assert status == 0, capsys.readouterr().out
 
 
-def test_the_readme_has_its_blocks_of_figures():
-    readme = report.ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("there is no README.md")
-    assert {"cpu-speed", "gpu-speed"} <= set(report.names_in(readme.read_text()))
+def test_the_page_of_benchmarks_has_its_blocks_of_figures():
+    page = report.ROOT / "docs" / "benchmarks.md"
+    assert {"cpu-speed", "gpu-speed"} <= set(report.names_in(page.read_text()))
 
 
 def test_times_of_the_cpu_are_not_published():
