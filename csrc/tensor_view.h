@@ -1,4 +1,4 @@
-// A tensor (B, C, *S) as the kernels see it: pointer, dtype and strides; no PyTorch in it.
+// A tensor (B, C, *S) as the kernels see it: pointer, dtype and strides. Does not need PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,14 @@
 
 namespace fcrn {
 
-// Dimensions of the grid left after those that lie in memory as one have been merged.
+// The most dimensions of the grid, after contiguous ones have been merged.
 constexpr int kMaxSpatialDims = 16;
 
-// The cells of a batch. B is merged with S where the cells of all images lie at one stride, as in
-// channels-last tensors: `images` is then 1.
+// The cells of a batch. Where the cells of all images lie at one stride, as in channels-last
+// tensors, B is merged with S.
 struct Grid {
-  int64_t batch = 0;   // B
-  int64_t maps = 0;    // C, the last of them the confidence
-  int64_t images = 0;  // what of B was not merged
+  int64_t maps = 0;    // C, the last one the confidence
+  int64_t images = 0;  // B, or 1 if B was merged with S
   int64_t cells = 0;   // of one image: the product of `sizes`
   int spatial_dims = 1;
   int64_t sizes[kMaxSpatialDims] = {};
@@ -41,7 +40,7 @@ struct TensorView {
            (cell_strides[0] == grid.maps || grid.cells == 1);
   }
 
-  // Where map 0 of a cell lies, from the cell's number in its image.
+  // The offset of map 0 of a cell, from the cell's number in its image.
   template <typename Index>
   FCRN_HD Index cell_offset(const Grid& grid, Index image, Index cell) const {
     Index offset = image * static_cast<Index>(image_stride);
