@@ -10,7 +10,7 @@ namespace fcrn {
 // The most dimensions of the grid, after contiguous ones have been merged.
 constexpr int kMaxSpatialDims = 16;
 
-// The cells of a batch. Where the cells of all images lie at one stride, as in channels-last
+// The cells of a batch. If one stride leads through the cells of all images, as in channels-last
 // tensors, B is merged with S.
 struct Grid {
   int64_t maps = 0;    // C, the last one the confidence
@@ -29,12 +29,12 @@ struct TensorView {
 
   FCRN_HD explicit operator bool() const { return data != nullptr; }
 
-  // The cells of a map lie side by side.
+  // The cells of a map are contiguous.
   FCRN_HD bool is_planar(const Grid& grid) const {
     return grid.spatial_dims == 1 && (cell_strides[0] == 1 || grid.cells == 1);
   }
 
-  // The maps of a cell lie side by side, and so do the cells: channels-last.
+  // Channels-last: the maps of a cell are contiguous, and so are the cells.
   FCRN_HD bool is_interleaved(const Grid& grid) const {
     return grid.images == 1 && grid.spatial_dims == 1 && (map_stride == 1 || grid.maps == 1) &&
            (cell_strides[0] == grid.maps || grid.cells == 1);

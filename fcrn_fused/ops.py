@@ -382,26 +382,29 @@ def _register() -> None:
 def _load() -> dict[str, str | None]:
     """Load the compiled modules. For each type of device, why its kernels are missing, or None."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    built = BUILD_INFO.get("version", __version__)
     if version < _OLDEST_TORCH:
-        problem = (
-            f"the compiled kernels need PyTorch {'.'.join(map(str, _OLDEST_TORCH))} or newer, "
-            f"this is {torch.__version__}; upgrade with `pip install -U torch`"
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        problem: str | None = (
+            f"the compiled kernels need PyTorch {oldest} or newer, this is {torch.__version__}; "
+            "upgrade with `pip install -U torch`"
         )
-        return {"cpu": problem, "cuda": problem}
-    if (built := BUILD_INFO.get("version", __version__)) != __version__:
+    elif built != __version__:
         problem = (
             f"the compiled kernels belong to fcrn_fused {built}, this is {__version__}; {_REBUILD}"
         )
+    else:
+        problem = _import_problem("cpu", "_C")
+    if problem is not None:
         return {"cpu": problem, "cuda": problem}
-    cpu_problem = _import_problem("cpu", "_C")
-    if cpu_problem is None and BUILD_INFO.get("cuda") and not torch.backends.cuda.is_built():
-        cuda_problem: str | None = (
+    if BUILD_INFO.get("cuda") and not torch.backends.cuda.is_built():
+        problem = (
             f"this PyTorch, {torch.__version__}, is not a CUDA build; install one (fcrn_fused "
             "has its CUDA kernels)"
         )
     else:
-        cuda_problem = cpu_problem or _import_problem("cuda", "_cuda")
-    return {"cpu": cpu_problem, "cuda": cuda_problem}
+        problem = _import_problem("cuda", "_cuda")
+    return {"cpu": None, "cuda": problem}
 
 
 def _import_problem(device_type: str, name: str) -> str | None:
