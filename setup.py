@@ -1,16 +1,16 @@
-"""Builds the compiled kernels of fcrn_fused; pyproject.toml holds everything else.
+"""Builds the compiled kernels of fcrn_fused; the rest of the build is in pyproject.toml.
 
 FCRN_FUSED_BUILD chooses what is compiled:
-  auto  (default) the CPU kernels where a C++20 compiler works, the CUDA kernels where PyTorch is a
-        CUDA build and an nvcc of the same major version works
+  auto  (default) the CPU kernels if there is a C++20 compiler; the CUDA kernels if PyTorch is a
+        CUDA build and there is an nvcc of the same major version
   cpu   the CPU kernels, or an error
   cuda  both, or an error
-  none  nothing: the package runs in plain PyTorch
-The package records what was left out and why, and says so at run time.
+  none  nothing; the package runs in plain PyTorch
+The package records which kernels were not built and why, and reports it at run time.
 
-TORCH_CUDA_ARCH_LIST chooses the GPU architectures ("9.0;12.0+PTX", "Hopper", "native"). Left out,
-it is that of the GPUs in this machine or, without any, DEFAULT_ARCHITECTURES.
-CXX, CFLAGS, LDFLAGS, CUDA_HOME and MAX_JOBS mean what they mean to every PyTorch extension.
+TORCH_CUDA_ARCH_LIST chooses the GPU architectures ("9.0;12.0+PTX", "Hopper", "native"). The
+default is that of the GPUs in this machine or, without a GPU, DEFAULT_ARCHITECTURES.
+CXX, CFLAGS, LDFLAGS, CUDA_HOME and MAX_JOBS have their usual meaning for PyTorch extensions.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     import_problem = None
-except (ImportError, OSError) as error:  # OSError: a library of PyTorch's does not load
+except (ImportError, OSError) as error:  # OSError: a library of PyTorch does not load
     from setuptools.command.build_ext import build_ext as BuildExtension
 
     import_problem = f"{error}"
 
 MODE = os.environ.get("FCRN_FUSED_BUILD", "auto")
-# Machine code runs on later minor versions too: 8.0 on 8.6 and 8.9, 12.0 on 12.1.
+# Machine code also runs on later minor versions: 8.0 on 8.6 and 8.9, 12.0 on 12.1.
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
-# What uses PyTorch's stable ABI as of a version runs under that version and all later ones.
+# The stable ABI of this version, TORCH_TARGET_VERSION below, is part of all later ones.
 OLDEST_TORCH = (2, 11)
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-# Without contraction, every instruction set computes the same bits.
+# Without contraction, all instruction sets compute the same bits.
 CXX_FLAGS = [*FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-# The stable ABI does not depend on the compiler; whether it can do the work is probed below.
+# The stable ABI does not depend on the compiler, which is probed below.
 os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"
-# PyTorch 2.13 takes CXX for one word, as nvcc does, and runs ccache by itself.
+# PyTorch 2.13 and nvcc expect CXX to be one word; PyTorch adds ccache itself.
 CXX, *more_flags = [
     word for word in shlex.split(os.environ.get("CXX", "")) if word not in ("ccache", "sccache")
 ] or ["c++"]
@@ -58,18 +58,18 @@ os.environ["CXX"] = CXX
 if more_flags:
     os.environ["CFLAGS"] = " ".join([os.environ.get("CFLAGS", ""), shlex.join(more_flags)])
 
-# Becomes fcrn_fused._build_info.INFO: versions, and for each device what keeps kernels away.
+# Becomes fcrn_fused._build_info.INFO: versions, and why the kernels of a device were not built.
 info: dict[str, str | None] = dict.fromkeys(
     ("version", "pytorch", "cuda", "architectures", "cpu_problem", "cuda_problem")
 )
 
 
 class BuildError(Exception):
-    """Why kernels cannot be built here, in a sentence."""
+    """Why kernels cannot be built."""
 
 
 def extensions() -> list[Extension]:
-    """`_C`, the operators with their CPU kernels, and `_cuda`; only the latter needs CUDA."""
+    """`_C`, the operators and their CPU kernels, and `_cuda`, their CUDA kernels."""
     found: list[Extension] = []
     try:
         found.append(cpu_extension())
@@ -97,7 +97,7 @@ def cpu_extension() -> Extension:
     return CppExtension(
         "fcrn_fused._C",
         ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
-        include_dirs=[pybind11.get_include()],  # before PyTorch's, for the stable ABI
+        include_dirs=[pybind11.get_include()],  # ahead of PyTorch's own copy
         extra_compile_args=CXX_FLAGS,
     )
 
@@ -115,7 +115,7 @@ def cuda_extension() -> Extension:
     version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))[1]
     if version.partition(".")[0] != wanted.partition(".")[0]:
         raise BuildError(f"nvcc is of CUDA {version}, PyTorch of CUDA {wanted}; {remedy}")
-    # An nvcc on PATH may be a link or a script; it knows where the rest of its toolkit is.
+    # nvcc may be a link or a script; ask it where its toolkit is.
     top = re.search(r"TOP=(.*)", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull))
     cpp_extension.CUDA_HOME = os.path.normpath(top[1])
     flags = [flag if flag[1] != "f" else f"-Xcompiler={flag}" for flag in FLAGS]
@@ -133,11 +133,11 @@ def cuda_extension() -> Extension:
 
 
 def gencode_flags(nvcc: Path, version: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST or its default as flags, less what this nvcc cannot compile for."""
+    """TORCH_CUDA_ARCH_LIST or its default as flags, without those that nvcc does not support."""
     wanted = ";".join(re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")))
     is_default = wanted in ("", "native") and not torch.cuda.is_available()
     os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES if is_default else wanted
-    try:  # private, but what knows the names that PyTorch's extensions take
+    try:  # private, but it knows all names that PyTorch accepts
         flags = cpp_extension._get_cuda_arch_flags()
     except ValueError as error:
         raise BuildError(f"TORCH_CUDA_ARCH_LIST is {wanted!r}: {error}") from None
@@ -162,7 +162,7 @@ def output_of(*command: str | Path) -> str:
 
 
 def probe(compiler: list[str], name: str, source: str) -> None:
-    """Compile `source`, or raise BuildError with what the compiler calls an error."""
+    """Compile `source`, or raise BuildError with the compiler's message."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_text(source)
@@ -182,14 +182,14 @@ def probe(compiler: list[str], name: str, source: str) -> None:
 
 
 class BuildKernels(BuildExtension):
-    """Compiles the extensions and records in the package what was built, and why not more."""
+    """Compiles the extensions and writes `_build_info.py`."""
 
     def run(self) -> None:
         if import_problem and MODE != "none":
             sys.exit(
                 f"fcrn_fused cannot be built: {import_problem}. Run `pip install torch ninja "
-                "pybind11 'setuptools>=77'` and then this command with --no-build-isolation, so "
-                "that it is built against the PyTorch you have."
+                "pybind11 'setuptools>=77'`, then repeat this command with --no-build-isolation "
+                "to build against the installed PyTorch."
             )
         problem = info["cuda_problem"] if MODE == "cuda" else info["cpu_problem"]
         if problem and MODE in ("cpu", "cuda"):
@@ -218,7 +218,7 @@ class BuildKernels(BuildExtension):
 
 
 class BinaryDistribution(Distribution):
-    """Runs build_ext even where nothing is compiled, since it writes the record."""
+    """Runs build_ext even if nothing is compiled, to write `_build_info.py`."""
 
     def has_ext_modules(self) -> bool:
         return True

@@ -1,42 +1,40 @@
-// The rule and the arithmetic of one element: its kind, its weight, its error and its gradient, and
-// the constants of a pass. Every loop on every device calls this and decides nothing itself.
-// fcrn_fused/reference.py says the same for people.
+// The rule and the arithmetic of one element: the kind of its cell, its weight, its error and its
+// gradient. All loops on all devices call this; fcrn_fused/reference.py is the same in PyTorch.
 //
-// A cell is ignored if its confidence is the one that the caller named for that, else positive if
-// its confidence is above 0, or if the caller says so, else negative. Without kinds every element
-// is that of a positive cell's pose. With w the weight of an element by its cell's kind, times the
-// one that the caller gave it,
+// A cell is ignored if its target confidence equals ignore_value, else positive if the confidence
+// is above 0 (or if the tensor `positive` says so), else negative. Without kinds, all elements
+// count as pose of positive cells. With w the weight of the element by the kind of its cell, times
+// its weight in the tensor `weight`,
 //   E = w * (pred - target)^2   and   dloss/dpred = 2 * w * dloss/dE * (pred - target).
-// Elements without a weight, or with one of 0 from the caller, are masked by a choice, not by a
-// product: 0 * NaN is NaN.
+// Masked elements are selected, not multiplied by 0: 0 * NaN is NaN.
 //
-// `Value` is a scalar or, in the CPU's loops, a vector of them; a comparison of vectors is a mask.
+// `Value` is a scalar or, in the CPU loops, a vector; a comparison of vectors gives a mask.
 #pragma once
 
 #include "scalar_types.h"
 
 namespace fcrn {
 
-// The weight of an element, and 2 * w * dloss/dE, which times the difference is its gradient.
+// The weight w of an element, and 2 * w * dloss/dE, the factor of pred - target in its gradient.
 template <typename Value>
 struct ElementWeight {
   Value weight, coefficient;
 
-  // The coefficient is computed in double and rounded once: a gradient carries three roundings.
+  // Computed in double and rounded once, so that a gradient is rounded three times in all.
   FCRN_HD static ElementWeight of(double weight, double dloss_derror) {
     return {static_cast<Value>(weight), static_cast<Value>(2.0 * weight * dloss_derror)};
   }
 };
 
-// What is the same for all elements of a pass, in the type of the arithmetic.
+// The constants of a pass, in the type of the arithmetic.
 template <typename Value>
 struct PassConstants {
-  double dloss_derror;  // but for a grad_output that differs from cell to cell
-  Value ignore_value;   // NaN, which is equal to nothing, where no confidence is to be ignored
-  ElementWeight<Value> negative, positive;  // of the confidence; the pose has one for each map
+  double dloss_derror;  // without a grad_output that differs from cell to cell
+  Value ignore_value;   // NaN, which equals nothing, if no confidence is ignored
+  ElementWeight<Value> negative, positive;  // of the confidence
 };
 
-// Whether the confidence of a cell counts, and whether its pose does too.
+// Whether a cell is not ignored, so its confidence counts, and is positive, so its pose does too.
 template <typename Mask>
 struct Kind {
   Mask counted, positive;
@@ -61,7 +59,7 @@ FCRN_HD ElementWeight<Value> confidence_weight(const PassConstants<Value>& const
           kind.positive ? constants.positive.coefficient : constants.negative.coefficient};
 }
 
-// The weight that the caller gave an element.
+// Multiplies by the element's weight in the tensor `weight`.
 template <typename Value, typename Mask>
 FCRN_HD void apply_weight(Value given, ElementWeight<Value>& weight, Mask& counted) {
   counted = static_cast<Mask>(counted & (given != Value{}));

@@ -1,5 +1,5 @@
-// The operator on every device: checks what memory safety needs and describes the pass. Included by
-// ops.cpp and by cuda/, which are two libraries; speaks PyTorch's stable ABI only.
+// The operators for any device: they check what memory safety requires and fill a LossPass.
+// Included by ops.cpp and cuda/, which are two libraries. Uses only PyTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,9 +14,10 @@
 
 #include "loss_pass.h"
 
-// A pass over pred and target that writes into what it is given: `loss` in the shape that `output`
-// says, parts (3,), num_positive (), `grad` in that of pred. With kinds the tensors are (B, C, *S),
-// without (no `numbers`) of any one shape; `weight` is expanded to it, `positive` to (B, *S).
+// Both operators make one pass and write into given tensors: `loss`, whose shape depends on
+// `output`, parts (3,), num_positive () and `grad`, of pred's shape. With kinds, the tensors are
+// (B, C, *S); without (`numbers` is empty), they have any one shape. `weight` is expanded to that
+// shape, `positive` to (B, *S).
 #define FCRN_RULE_SCHEMA                                                        \
   "Tensor pred, Tensor target, Tensor? negative_weight, Tensor? coord_weight, " \
   "Tensor? weight, Tensor? positive, Tensor? weight_sum, float[] numbers, "     \
@@ -35,7 +36,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// What the operators are given of the loss: pred, target and the rule.
+// The arguments that both operators have.
 struct RuleArguments {
   const Tensor &pred, &target;
   const OptionalTensor &negative_weight, &coord_weight, &weight, &positive, &weight_sum;
@@ -71,23 +72,16 @@ inline bool on_same_device(const Tensor& a, const Tensor& b) {
 }
 
 inline double rounded_to(DType dtype, double value) {
-  switch (dtype) {
-    case DType::float64:
-      return value;
-    case DType::float32:
-      return static_cast<float>(value);
-    case DType::float16:
-      return to_float(Convert<Half>::from(value));
-    default:
-      return to_float(Convert<BFloat16>::from(value));
-  }
+  return visit_floating(dtype, [value](auto element) {
+    return Convert<double>::from(Convert<decltype(element)>::from(value));
+  });
 }
 
-// Lays the tensors of a pass over one grid: takes (B, C, *S) apart into images, maps and cells, and
-// merges dimensions that lie in memory as one in all of the tensors. Without kinds no dimension is
-// that of the maps by its meaning: the one is along which the weight repeats itself, so that it is
-// read once for all maps, and the order of the others is that of pred's memory. If the innermost is
-// one of these it is merged all the same, and the weight is that of so many cells.
+// Fits one grid to the tensors of a pass: splits (B, C, *S) into images, maps and cells, and merges
+// dimensions that are contiguous in all tensors. Without kinds, the dimensions are ordered by
+// pred's strides, and the maps are a dimension in which the weight is broadcast, so that it is read
+// once for all maps. If the weight is broadcast in the innermost dimension, that dimension is
+// merged too, and neighbouring cells share a weight.
 class GridBuilder {
  public:
   GridBuilder(const Tensor& pred, bool has_kinds)
@@ -118,7 +112,7 @@ class GridBuilder {
   void add_last_map(TensorView& view, const TensorView& of) {
     view.dtype = of.dtype;
     const int64_t offset = (sizes_[1] - 1) * of.map_stride * size_of(of.dtype);
-    if (of.data) view.data = static_cast<char*>(of.data) + offset;  // an empty tensor has none
+    if (of.data) view.data = static_cast<char*>(of.data) + offset;  // null if empty
     for (int v = 0; v < num_views_; ++v) {
       if (views_[v] == &of) strides_[num_views_] = strides_[v];
     }
@@ -133,7 +127,7 @@ class GridBuilder {
       pass.weight_repeat = merge_repeated(dims, index_of(pass.weight));
       grid.maps = take_maps(dims, index_of(pass.weight));
     }
-    const size_t first = dims.size() > 1 ? 1 : 0;  // the outermost dimension is the images
+    const size_t first = dims.size() > 1 ? 1 : 0;  // after the images
     STD_TORCH_CHECK(dims.size() <= first + kMaxSpatialDims, "pred and target may have at most ",
                     kMaxSpatialDims + 1,
                     " dimensions that cannot be merged with a neighbour; call contiguous()");
@@ -157,7 +151,7 @@ class GridBuilder {
   static constexpr int kMaxViews = 8;
   struct Strides {
     const int64_t* data;
-    int left_out;  // 1: there is no dimension of maps
+    int left_out;  // 1 if the tensor has no dimension of maps
   };
   struct Dim {
     int64_t size;
@@ -173,7 +167,7 @@ class GridBuilder {
     strides_[num_views_++] = {tensor.strides().data(), left_out};
   }
 
-  // The dimensions but that of the maps, outermost first.
+  // The dimensions except that of the maps, outermost first.
   std::vector<Dim> merged() const {
     std::vector<size_t> order;
     for (size_t i = 0; i < sizes_.size(); ++i) {
@@ -200,10 +194,10 @@ class GridBuilder {
     return dims;
   }
 
-  // Whether two dimensions lie in memory as one in all views, but perhaps one.
-  bool continues(const Dim& outer, const Dim& inner, int but = -1) const {
+  // Whether two dimensions are contiguous in all views, `except` one.
+  bool continues(const Dim& outer, const Dim& inner, int except = -1) const {
     for (int v = 0; v < num_views_; ++v) {
-      if (v != but && outer.strides[v] != inner.strides[v] * inner.size) return false;
+      if (v != except && outer.strides[v] != inner.strides[v] * inner.size) return false;
     }
     return true;
   }
@@ -214,8 +208,8 @@ class GridBuilder {
     return v;
   }
 
-  // Merges the innermost dimension, along which the weight repeats itself, with the one outside it,
-  // where the other tensors allow it; the number of neighbours with one weight.
+  // If the weight is broadcast in the innermost dimension, merges that with the next one where all
+  // other tensors are contiguous. Returns how many neighbours share a weight.
   int64_t merge_repeated(std::vector<Dim>& dims, int weight) const {
     if (dims.size() < 2) return 1;
     Dim inner = dims.back();
@@ -229,8 +223,8 @@ class GridBuilder {
     return repeat;
   }
 
-  // Takes the innermost dimension along which the weight repeats itself out as the one of the maps,
-  // but for the last: its elements are computed side by side. The number of maps.
+  // Removes the innermost dimension in which the weight is broadcast, except the last one, whose
+  // elements are vectorised, and makes it that of the maps. Returns the number of maps.
   int64_t take_maps(std::vector<Dim>& dims, int weight) const {
     for (size_t i = dims.empty() ? 0 : dims.size() - 1; i-- > 0;) {
       if (dims[i].strides[weight] != 0) continue;
@@ -250,16 +244,15 @@ class GridBuilder {
   Strides strides_[kMaxViews];
 };
 
-// A 0-dim tensor, which the kernels read.
 inline Number number_in(const Tensor& tensor, const Tensor& pred, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 0 && on_same_device(tensor, pred), name,
                   " must be a 0-dim tensor on the device of pred");
   return {tensor.const_data_ptr(), dtype_of(tensor, name), 0.0};
 }
 
-// `numbers`: the weight of negative cells, that of positive ones, and the weights of the pose maps.
-// A tensor takes the place of a number.
-inline void describe_rule(LossPass& pass, const RuleArguments& given) {
+// `numbers` holds negative_weight, positive_weight and the weights of the pose maps; the tensors
+// negative_weight and coord_weight replace them.
+inline void fill_rule(LossPass& pass, const RuleArguments& given) {
   if (!pass.has_kinds) return;  // every weight is 1
   const int64_t num_pose_maps = pass.grid.maps - 1;
   const auto count = static_cast<int64_t>(given.numbers.size()) - 2;
@@ -289,19 +282,19 @@ inline void describe_rule(LossPass& pass, const RuleArguments& given) {
   }
 }
 
-// The memory of `count` numbers, in this dtype; nullptr if they are not wanted.
+// The memory of a result of `count` numbers; nullptr if there is no tensor.
 inline void* numbers_in(const OptionalTensor& tensor, int64_t count, const Tensor& pred,
                         ScalarType dtype, const char* name) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(tensor->numel() == count && tensor->is_contiguous() &&
                       tensor->scalar_type() == dtype && on_same_device(*tensor, pred),
-                  name, " must hold ", count,
-                  " numbers, on the device of pred; parts and a loss in the dtype of ",
-                  "the sums, num_positive in int64, weight_sum in float64");
+                  name, " must be contiguous, on the device of pred, and hold ", count,
+                  " numbers: int64 for num_positive, float64 for weight_sum, else the dtype of ",
+                  "the loss");
   return tensor->mutable_data_ptr();
 }
 
-// The part of a pass that both directions have.
+// Checks and fills what the passes of both operators have in common.
 class PassBuilder {
  public:
   explicit PassBuilder(const RuleArguments& given)
@@ -327,7 +320,7 @@ class PassBuilder {
     sum_dtype = wide ? ScalarType::Double : ScalarType::Float;
   }
 
-  // E, or what a caller makes of it, as `output` says; not for Output::scalar.
+  // The loss or grad_output, with one value per cell or per element.
   void add_result(TensorView& view, const Tensor& tensor, const char* name) {
     STD_TORCH_CHECK(tensor.scalar_type() == sum_dtype, name, " must have the dtype of the loss");
     pass.output == Output::cell ? grid_.add_per_cell(view, tensor, name)
@@ -342,7 +335,7 @@ class PassBuilder {
 
   const LossPass& build() {
     grid_.build(pass);
-    describe_rule(pass, given_);
+    fill_rule(pass, given_);
     return pass;
   }
 
@@ -354,7 +347,7 @@ class PassBuilder {
   GridBuilder grid_;
 };
 
-// The operators, for a device with `run(pass, pred, workspace)`.
+// The operators. `Device::run(pass, pred, workspace)` runs the pass.
 template <typename Device>
 void forward_into(const Tensor& pred, const Tensor& target, const OptionalTensor& negative_weight,
                   const OptionalTensor& coord_weight, const OptionalTensor& weight,

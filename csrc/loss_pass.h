@@ -1,5 +1,5 @@
-// One pass over the cells: what is read, by which rule, and what is to be written. The CPU and the
-// CUDA kernels both take this; a pass that writes no sums is a backward pass.
+// One pass over the cells: what it reads, the rule, and what it writes. This is the argument of the
+// CPU and the CUDA kernels.
 #pragma once
 
 #include <cmath>
@@ -9,10 +9,10 @@
 
 namespace fcrn {
 
-// What a pass gives the caller of E: one number, the mean over the maps of each cell, or E itself.
+// The loss is one number, the mean over the maps of each cell, or E itself.
 enum class Output : int32_t { scalar, cell, element };
 
-// A number, or a tensor of one that is read where the kernel runs.
+// A number, or a 0-dim tensor that is read on its device.
 struct Number {
   const void* data = nullptr;  // nullptr: the number
   DType dtype = DType::float32;
@@ -21,9 +21,9 @@ struct Number {
   FCRN_HD double value() const { return data ? load_as<double>(data, dtype, 0) : number; }
 };
 
-// Weights of the pose maps: `count` numbers or tensor elements, one for each map or one for all.
 constexpr int kInlineCoordWeights = 32;
 
+// The weights of the pose maps: `count` numbers or tensor elements, one per map or one for all.
 struct CoordWeights {
   const void* data = nullptr;  // nullptr: the numbers
   DType dtype = DType::float64;
@@ -37,12 +37,12 @@ struct CoordWeights {
   }
 };
 
-// The dtype of the arithmetic, the loss and the sums: the wider of the two, at least float32.
+// Whether the arithmetic, the loss and the sums are float64 instead of float32.
 FCRN_HD bool is_double(DType pred, DType target) {
   return pred == DType::float64 || target == DType::float64;
 }
 
-// What a part of a pass adds up: errors by their kind.
+// The sums of a pass or of a part of it: the parts of E and the number of positive cells.
 struct Sums {
   double coord = 0.0, positive_conf = 0.0, negative_conf = 0.0;
   int64_t num_positive = 0;
@@ -58,23 +58,23 @@ struct Sums {
 struct LossPass {
   Grid grid;
   TensorView pred, target;
-  bool has_kinds = true;  // of cells, by a last map of confidences; else every map is a pose map
-  TensorView kinds;       // those confidences
-  TensorView positive;    // which cells are positive, one map of bool; absent: those above 0
-  TensorView weight;      // of each element; absent: 1
-  int64_t weight_repeat = 1;  // so many cells of the last dimension have one weight
+  bool has_kinds = true;      // the last map is the confidence; false: all maps are pose maps
+  TensorView kinds;           // the target confidences
+  TensorView positive;        // bool, (B, *S): which cells are positive; absent: confidence above 0
+  TensorView weight;          // of each element; absent: 1
+  int64_t weight_repeat = 1;  // how many neighbours in the last dimension share a weight
 
   Number negative_weight;
   double positive_weight = 1.0;
   CoordWeights coord_weights;
-  double ignore_value = NAN;  // rounded to the dtype of `kinds`; NaN: no cell is ignored
+  double ignore_value = NAN;  // in the precision of `kinds`; NaN: no cell is ignored
 
   Output output = Output::scalar;
-  double divisor = 1.0;  // of the sum of E; below 0: the number of positive cells, at least 1
-  const double* known_divisor = nullptr;  // takes its place, read where the kernel runs
+  double divisor = 1.0;  // of the sum of E; negative: the number of positive cells, at least 1
+  const double* known_divisor = nullptr;  // on the device; replaces `divisor`
 
-  // What is written; what has no pointer is not wanted.
-  TensorView errors;  // E, or its mean over the maps: (B, *S), whose map_stride is 0
+  // The results, each absent if not wanted.
+  TensorView errors;  // E, or its mean over the maps, (B, *S), with map_stride 0
   TensorView grad;
   void* loss = nullptr;  // scalars in the dtype of the arithmetic
   void* coord = nullptr;
@@ -82,18 +82,18 @@ struct LossPass {
   void* negative_conf = nullptr;
   int64_t* num_positive = nullptr;
 
-  // Of a backward pass.
+  // Inputs of a backward pass.
   TensorView grad_output;                   // absent: 1
-  const int64_t* known_positive = nullptr;  // where `divisor` counts: what it counted
+  const int64_t* known_positive = nullptr;  // the count of the forward pass, if `divisor` < 0
   bool wrt_target = false;                  // dloss/dtarget is -dloss/dpred
-  bool grad_is_for_one = false;  // `grad` holds the gradient for a grad_output of 1 (undivided
-                                 // by a number of cells): only what may change is to be written
+  bool grad_is_for_one = false;  // `grad` holds the gradient for a grad_output of 1, not divided by
+                                 // the number of cells: write only elements that may change
 
-  // Kinds by the confidence, and no weight of the caller's.
+  // Kinds by the confidence alone, and no tensor of weights.
   FCRN_HD bool is_plain() const { return has_kinds && !positive && !weight; }
   FCRN_HD int64_t num_pose_maps() const { return has_kinds ? grid.maps - 1 : grid.maps; }
 
-  // Where the weight of map 0 of a cell lies.
+  // The offset of the weight of map 0 of a cell.
   template <typename Index>
   FCRN_HD Index weight_offset(Index image, Index cell) const {
     if (weight_repeat == 1) return weight.cell_offset(grid, image, cell);
@@ -113,7 +113,7 @@ struct LossPass {
     return value / (known_divisor ? *known_divisor : divisor < 0 ? counted : divisor);
   }
 
-  // dloss/dE; a forward pass takes grad_output for 1 and does not know the positive cells.
+  // dloss/dE; in a forward pass for a grad_output of 1, not divided by the number of cells.
   FCRN_HD double dloss_derror() const {
     const double value = grad_output && output == Output::scalar
                              ? load_as<double>(grad_output.data, grad_output.dtype, 0)
@@ -121,7 +121,7 @@ struct LossPass {
     return divided(wrt_target ? -value : value, known_positive ? *known_positive : 1);
   }
 
-  // `grad` is right as it is.
+  // `grad` needs no correction.
   FCRN_HD bool has_nothing_to_do() const {
     return grad_is_for_one && dloss_derror() == divided(1.0, 1);
   }
@@ -134,7 +134,7 @@ struct LossPass {
             ElementWeight<Acc>::of(positive_weight, slope)};
   }
 
-  // Writes the sums of the whole pass and the loss, in the type of the arithmetic.
+  // Writes the loss and its parts, given the sums over all cells.
   template <typename Acc>
   FCRN_HD void write_results(const Sums& sums) const {
     const auto write = [](void* to, double value) {
@@ -148,7 +148,7 @@ struct LossPass {
     write(loss, divided(total, sums.num_positive));
   }
 
-  // Whether `check` holds for every tensor of the pass (`kinds` is a map of one of them).
+  // Whether `check` holds for pred, target, grad, errors and a grad_output per cell.
   template <typename Check>
   bool all_views(Check&& check) const {
     const TensorView* const views[] = {&pred, &target, &grad, &errors};

@@ -1,5 +1,4 @@
-// The operators' schemas and their CPU kernels. Importing the pybind11 module `fcrn_fused._C`
-// registers them.
+// The operators' schemas and CPU kernels, registered when Python imports `fcrn_fused._C`.
 #include <pybind11/pybind11.h>
 
 #include "cpu/fcrn_loss_cpu.h"
@@ -13,7 +12,7 @@ struct Cpu {
   }
 };
 
-// sum_into(weight, sum): a dense tensor of weights, and a 0-dim float64 one for their sum.
+// Writes the sum of a contiguous tensor of weights into `sum`, 0-dim float64.
 void sum_into(const fcrn::Tensor& weight, const fcrn::Tensor& sum) {
   STD_TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous");
   auto* to = fcrn::numbers_in(sum, 1, weight, fcrn::ScalarType::Double, "sum");
@@ -38,5 +37,6 @@ STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CPU, library) {
 PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
   module.doc() = "The operators of fcrn_fused and their CPU kernels.";
   module.attr("compiler") = __VERSION__;
-  module.def("instruction_set", &fcrn::cpu::instruction_set, "The CPU loops that run here.");
+  module.def("instruction_set", &fcrn::cpu::instruction_set,
+             "The instruction set of the CPU loops that run here.");
 }

@@ -1,18 +1,18 @@
-// The element types of the tensors: float64, float32, the two halves as bare 16-bit patterns, and
-// bool, with conversions that round to the nearest even number, on the host and on the device
-// alike.
+// The element types of the tensors: float64, float32, float16 and bfloat16 as bit patterns, and
+// bool. Conversions round to nearest, ties to even, on the host and on the device.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FCRN_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: the CPU loops are compiled once for each instruction set, and a copy of these
-// functions that the linker shared between them could hold instructions that a machine lacks.
+// Always inlined: the CPU loops are compiled once for each instruction set, and the linker must not
+// share a copy of these functions that holds instructions which the machine lacks.
 #define FCRN_HD inline __attribute__((always_inline))
 #endif
 
@@ -28,7 +28,6 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// An element of a mask: 1 or 0.
 struct Bool {
   uint8_t value;
 };
@@ -36,25 +35,15 @@ struct Bool {
 template <typename T>
 struct DTypeOf;
 template <>
-struct DTypeOf<double> {
-  static constexpr DType value = DType::float64;
-};
+struct DTypeOf<double> : std::integral_constant<DType, DType::float64> {};
 template <>
-struct DTypeOf<float> {
-  static constexpr DType value = DType::float32;
-};
+struct DTypeOf<float> : std::integral_constant<DType, DType::float32> {};
 template <>
-struct DTypeOf<Half> {
-  static constexpr DType value = DType::float16;
-};
+struct DTypeOf<Half> : std::integral_constant<DType, DType::float16> {};
 template <>
-struct DTypeOf<BFloat16> {
-  static constexpr DType value = DType::bfloat16;
-};
+struct DTypeOf<BFloat16> : std::integral_constant<DType, DType::bfloat16> {};
 template <>
-struct DTypeOf<Bool> {
-  static constexpr DType value = DType::boolean;
-};
+struct DTypeOf<Bool> : std::integral_constant<DType, DType::boolean> {};
 
 FCRN_HD float float_from_bits(uint32_t bits) {
   float value;
@@ -75,8 +64,8 @@ FCRN_HD float to_float(Half value) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // The exponent moves from bias 15 to bias 127 by a product with 2^112, which is exact and sets
-  // subnormal halves right as well; infinity and NaN get the exponent they lack.
+  // Multiplying by 2^112 moves the exponent from bias 15 to bias 127; it is exact and normalises
+  // subnormal halves too. Infinity and NaN then get their exponent.
   const uint32_t sign = (uint32_t{value.bits} & 0x8000u) << 16;
   const uint32_t magnitude = (uint32_t{value.bits} & 0x7fffu) << 13;
   const float scaled = float_from_bits(magnitude) * 0x1p112f;
@@ -85,7 +74,7 @@ FCRN_HD float to_float(Half value) {
 #endif
 }
 
-// From the arithmetic's type to an element's, and back. Every pair that occurs has its overload.
+// Conversions between the type of the arithmetic and those of elements.
 template <typename To>
 struct Convert;
 
@@ -115,12 +104,12 @@ struct Convert<Half> {
 #else
     const uint32_t bits = bits_from_float(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal halves: rebias the exponent and add just under half a unit, one more if odd.
+    // Normal halves: rebias the exponent and add just under half an ulp, or half if odd.
     const uint32_t odd = (magnitude >> 13) & 1u;
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
-    // Subnormal halves: a sum with 0.5 lets the float unit round to multiples of 2^-24.
+    // Subnormal halves: adding 0.5 makes the hardware round to multiples of 2^-24.
     const uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
-    // From 65520 on: infinity; NaN keeps its upper bits and is made quiet.
+    // Infinity from 65520 on; NaN keeps its upper bits and becomes quiet.
     const uint32_t special =
         magnitude > 0x7f800000u ? (0x7e00u | ((magnitude >> 13) & 0x3ffu)) : 0x7c00u;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
@@ -128,12 +117,12 @@ struct Convert<Half> {
     return {static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u))};
 #endif
   }
-  // Through float, but rounded once: the float is rounded to odd, so that no tie is made.
+  // Through a float that is rounded to odd, which does not round twice.
   FCRN_HD static Half from(double value);
 };
 
-// The bits of a float, rounded to those of a bfloat16; NaN keeps its upper bits and is made quiet.
-// `Bits` is uint32_t or, in the CPU's loops, a vector of them.
+// The bits of a float, rounded to those of a bfloat16; NaN keeps its upper bits and becomes quiet.
+// `Bits` is uint32_t or, in the CPU loops, a vector of it.
 template <typename Bits, typename Mask>
 FCRN_HD Bits bfloat16_bits(Bits bits, Mask is_nan) {
   return (is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -151,8 +140,8 @@ struct Convert<BFloat16> {
   FCRN_HD static BFloat16 from(double value);
 };
 
-// A double as the float next to it with an odd last bit where it is not exact: rounding that to a
-// type with fewer bits gives what rounding the double would.
+// A double rounded to float; if inexact, to the neighbour whose last bit is odd. Rounding that to a
+// half type gives the same as rounding the double.
 FCRN_HD float round_to_odd(double value) {
   const float nearest = static_cast<float>(value);
   const double error = value - static_cast<double>(nearest);
@@ -169,7 +158,7 @@ FCRN_HD float round_to_odd(double value) {
 FCRN_HD Half Convert<Half>::from(double value) { return from(round_to_odd(value)); }
 FCRN_HD BFloat16 Convert<BFloat16>::from(double value) { return from(round_to_odd(value)); }
 
-// One element of a type that is known at run time only.
+// One element of a type that is known only at run time.
 template <typename Acc>
 FCRN_HD Acc load_as(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
@@ -201,6 +190,27 @@ FCRN_HD void store_as(void* data, DType dtype, int64_t index, Acc value) {
     default:
       static_cast<BFloat16*>(data)[index] = Convert<BFloat16>::from(value);
   }
+}
+
+// Calls `visit` with an element of a floating-point dtype.
+template <typename Visit>
+auto visit_floating(DType dtype, const Visit& visit) {
+  switch (dtype) {
+    case DType::float64:
+      return visit(double{});
+    case DType::float32:
+      return visit(float{});
+    case DType::float16:
+      return visit(Half{});
+    default:
+      return visit(BFloat16{});
+  }
+}
+
+// Calls `visit` with an element of any dtype.
+template <typename Visit>
+auto visit_element(DType dtype, const Visit& visit) {
+  return dtype == DType::boolean ? visit(Bool{}) : visit_floating(dtype, visit);
 }
 
 FCRN_HD constexpr int64_t size_of(DType dtype) {

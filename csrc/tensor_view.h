@@ -1,4 +1,4 @@
-// A tensor (B, C, *S) as the kernels see it: pointer, dtype and strides; no PyTorch in it.
+// A tensor (B, C, *S) as the kernels see it: pointer, dtype and strides. Does not need PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,14 @@
 
 namespace fcrn {
 
-// Dimensions of the grid left after those that lie in memory as one have been merged.
+// The most dimensions of the grid, after contiguous ones have been merged.
 constexpr int kMaxSpatialDims = 16;
 
-// The cells of a batch. B is merged with S where the cells of all images lie at one stride, as in
-// channels-last tensors: `images` is then 1.
+// The cells of a batch. If one stride leads through the cells of all images, as in channels-last
+// tensors, B is merged with S.
 struct Grid {
-  int64_t batch = 0;   // B
-  int64_t maps = 0;    // C, the last of them the confidence
-  int64_t images = 0;  // what of B was not merged
+  int64_t maps = 0;    // C, the last one the confidence
+  int64_t images = 0;  // B, or 1 if B was merged with S
   int64_t cells = 0;   // of one image: the product of `sizes`
   int spatial_dims = 1;
   int64_t sizes[kMaxSpatialDims] = {};
@@ -30,18 +29,18 @@ struct TensorView {
 
   FCRN_HD explicit operator bool() const { return data != nullptr; }
 
-  // The cells of a map lie side by side.
+  // The cells of a map are contiguous.
   FCRN_HD bool is_planar(const Grid& grid) const {
     return grid.spatial_dims == 1 && (cell_strides[0] == 1 || grid.cells == 1);
   }
 
-  // The maps of a cell lie side by side, and so do the cells: channels-last.
+  // Channels-last: the maps of a cell are contiguous, and so are the cells.
   FCRN_HD bool is_interleaved(const Grid& grid) const {
     return grid.images == 1 && grid.spatial_dims == 1 && (map_stride == 1 || grid.maps == 1) &&
            (cell_strides[0] == grid.maps || grid.cells == 1);
   }
 
-  // Where map 0 of a cell lies, from the cell's number in its image.
+  // The offset of map 0 of a cell, from the cell's number in its image.
   template <typename Index>
   FCRN_HD Index cell_offset(const Grid& grid, Index image, Index cell) const {
     Index offset = image * static_cast<Index>(image_stride);

@@ -1,8 +1,8 @@
-"""The loss of the Fully-Convolutional Regression Network and its gradient in one fused step."""
+"""The loss of the Fully-Convolutional Regression Network (FCRN), fused with its gradient."""
 
 from pkgutil import extend_path
 
-# In a clone, this folder hides the installed package: its compiled modules are found all the same.
+# In a clone, this folder shadows the installed package; look there too for compiled modules.
 __path__ = extend_path(__path__, __name__)
 
 from . import reference

@@ -1,4 +1,4 @@
-"""`python -m fcrn_fused` prints what serves which device."""
+"""`python -m fcrn_fused` prints `show_config()`."""
 
 from .config import show_config
 

@@ -1,8 +1,7 @@
-"""The autograd node of the fused loss: who keeps the gradient, and when it is computed."""
+"""The autograd node of the fused loss: when the gradient is computed, and when it is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,108 +12,77 @@ from .reductions import OUTPUTS
 from .tracing import is_traced
 from .validation import Rule
 
+_RULE_SIZE = len(Rule._fields)
+
 
 class FCRNLossFunction(torch.autograd.Function):
-    """The fused loss as an `autograd.Function`; `fcrn_fused.fcrn_loss` checks and calls it.
+    """The fused loss as an `autograd.Function`, without the checks of `fcrn_fused.fcrn_loss`.
 
     `apply(pred, target, negative_weight, positive_weight, coord_weight, ignore_value, reduction)`
-    returns `(loss, coord, positive_conf, negative_conf, num_positive)`, positional arguments only;
-    the loss alone is differentiable. `coord_weight` is a number, a tuple of C - 1 numbers or a
-    tensor; the rest is as in `fcrn_loss`. Four more are optional: `weight` and `positive`, which a
-    change in place between forward and backward makes an error; `has_kinds`, False for
-    `masked_mse_loss`; `want_stats`, False for None in place of the parts.
+    returns `(loss, coord, positive_conf, negative_conf, num_positive)`; only the loss is
+    differentiable. Arguments are positional and as in `fcrn_loss`, except that numbers are floats.
+    Four more are optional: `weight` and `positive`, which must not be changed in place between
+    forward and backward; `has_kinds`, False for `masked_mse_loss`; and `want_stats`, False to get
+    None in place of the parts.
 
-    In eager mode the forward pass writes the gradient for a grad_output of 1 as well, and the first
-    backward pass hands it out, put right in place for another grad_output. `save_for_backward`
-    would hand the same tensor to a second backward after its owner may have changed it; so the
-    second one computes the gradient anew, as do traced code, float16 (which must not be rounded
-    before a loss scale is applied) and reductions with a result for each cell.
+    In eager mode, forward also writes the gradient for a grad_output of 1. The first backward
+    returns that tensor, corrected in place for any other grad_output. Later ones recompute the
+    gradient, because the first tensor is the caller's to change. So do traced code, float16 (whose
+    gradients must not be rounded before the loss scale is applied) and reductions with a result
+    for each cell.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        pred: Tensor,
-        target: Tensor,
-        negative_weight: float | Tensor,
-        positive_weight: float,
-        coord_weight: float | tuple[float, ...] | Tensor,
-        ignore_value: float | None,
-        reduction: str,
-        weight: Tensor | None = None,
-        positive: Tensor | None = None,
-        has_kinds: bool = True,
-        want_stats: bool = True,
+        ctx: Any, pred: Tensor, target: Tensor, *settings: Any
     ) -> tuple[Tensor | None, ...]:
-        rule = Rule(
-            negative_weight,
-            positive_weight,
-            coord_weight,
-            ignore_value,
-            reduction,
-            weight,
-            positive,
-            has_kinds,
-        )
+        rule = Rule(*settings[:_RULE_SIZE])
+        (want_stats,) = settings[_RULE_SIZE:] or (True,)
         arguments = ops.op_arguments(pred, rule)
-        results: Sequence[Tensor | None]
         if is_traced():
             results = ops.forward(pred, target, arguments)
         else:
             arguments = ops.without_cpu_weights(pred, arguments)
             grad = None
-            if ctx.needs_input_grad[0] and reduction not in OUTPUTS and pred.dtype != torch.float16:
+            is_scalar = rule.reduction not in OUTPUTS
+            if ctx.needs_input_grad[0] and is_scalar and pred.dtype != torch.float16:
                 grad = ctx.kept_grad = torch.empty_like(pred)
             results = ops.run_forward(pred, target, arguments, want_stats, grad)
         loss, parts, num_positive = results
-        # Copies: whoever fills a weight before backward does not change this gradient.
-        copies = [None if given is None else given.clone() for given in arguments[:2]]
-        # A tensor kept on ctx itself is lost where autograd is compiled.
-        ctx.save_for_backward(pred, target, *copies, *arguments[2:5], num_positive)
-        ctx.settings, ctx.reduction = arguments[5:], reduction
-        ctx.set_materialize_grads(False)
+        ops.save_for_backward(ctx, pred, target, arguments, num_positive)
+        ctx.reduction = rule.reduction
         by_kind = (None,) * 3 if parts is None else parts.unbind()
-        rest = (*by_kind, num_positive)
-        ctx.mark_non_differentiable(*(part for part in rest if part is not None))
-        return (loss, *rest)
+        stats = (*by_kind, num_positive)
+        ctx.mark_non_differentiable(*(part for part in stats if part is not None))
+        return (loss, *stats)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        # raises where one was changed in place
+        # This raises if a saved tensor was changed in place.
         pred, target, *tensors, num_positive = ctx.saved_tensors
-        grads: list[Tensor | None] = [None, None]
-        rest = (None,) * 9
-        if grad_output is None:  # the parts of the loss were used, the loss was not
-            return *grads, *rest
         arguments = (*tensors, *ctx.settings)
-        if torch.is_grad_enabled():  # create_graph=True: must be differentiable in its turn
+        grads: list[Tensor | None] = [None, None]
+        needed = [i for i in (0, 1) if ctx.needs_input_grad[i]]
+        if grad_output is None:  # only the parts of the loss were used
+            pass
+        elif torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable
             rule = ops.rule_of(arguments, ctx.reduction)
             grad = reference.gradient(grad_output, pred, target, rule)
-            if ctx.needs_input_grad[0]:
-                grads[0] = grad.to(pred.dtype)
-            if ctx.needs_input_grad[1]:
-                grads[1] = -grad.to(target.dtype)
-            return *grads, *rest
-        is_recorded = is_traced() or _is_batched(grad_output)
-        for i in (0, 1):
-            if not ctx.needs_input_grad[i]:
-                continue
-            if is_recorded:
-                grads[i] = ops.backward(grad_output, pred, target, arguments, num_positive, i == 1)
-            else:
-                grads[i] = ops.run_backward(
-                    grad_output,
-                    pred,
-                    target,
-                    arguments,
-                    num_positive,
-                    wrt_target=i == 1,
-                    rescaled=vars(ctx).pop("kept_grad", None) if i == 0 else None,
-                )
-        return *grads, *rest
+            for i in needed:
+                grads[i] = -grad.to(target.dtype) if i == 1 else grad.to(pred.dtype)
+        else:
+            inputs = (grad_output, pred, target, arguments, num_positive)
+            is_recorded = is_traced() or _is_batched(grad_output)
+            for i in needed:
+                if is_recorded:
+                    grads[i] = ops.backward(*inputs, i == 1)
+                else:
+                    kept = vars(ctx).pop("kept_grad", None) if i == 0 else None
+                    grads[i] = ops.run_backward(*inputs, wrt_target=i == 1, rescaled=kept)
+        return *grads, *(None,) * (_RULE_SIZE + 1)
 
 
 def _is_batched(grad_output: Tensor) -> bool:
-    """Whether it holds several (`is_grads_batched`, vmap); PyTorch has no public name for that."""
+    """Whether it is batched (`is_grads_batched`, vmap); PyTorch has no public name for this."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(grad_output) or functorch.is_legacy_batchedtensor(grad_output)

@@ -1,4 +1,4 @@
-"""`show_config`: what is compiled in, and what serves each type of device."""
+"""`show_config`: how the package was built and which backend each device uses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from .version import __version__
 
 
 def show_config() -> str:
-    """What was built in, the PyTorch it was built against and runs with, and who serves what.
+    """A report of how the package was built and which backend each device uses.
 
-    One line a fact: versions first, then for "cpu" and "cuda" the backend that
-    `fcrn_loss(..., backend="auto")` chooses and, if it is not the fused one, why.
+    One line each for the versions of the package, of PyTorch (running and built against) and of
+    CUDA, the compiler, the CPU instruction set and the CUDA architectures. Then, for "cpu" and
+    "cuda", the backend that `fcrn_loss(..., backend="auto")` chooses; if it is not the fused one,
+    the reason.
     """
     lines = [f"fcrn_fused {__version__}", f"PyTorch running: {torch.__version__}"]
     if ops.why_not("cpu") is None:

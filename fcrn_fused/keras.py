@@ -27,35 +27,35 @@ except ModuleNotFoundError as error:
 __all__ = ["FCRNLoss", "NegativeWeightCallback"]
 
 _DATA_FORMATS = ("channels_first", "channels_last")
-# Those that the kernels do, by what `fcrn_loss` calls them. "mean_with_sample_weight" divides by
-# the weights as they are before they are broadcast, which is left to Keras.
+# Keras's names of the reductions that the kernels compute. Keras itself computes
+# "mean_with_sample_weight", which divides by the sum of the weights before they are broadcast.
 _SCALAR_REDUCTIONS = {"sum_over_batch_size": "mean", "mean": "mean", "sum": "sum"}
 
 
 @keras.saving.register_keras_serializable(package="fcrn_fused")
 class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
-    """The loss of `fcrn_fused.fcrn_loss` as a Keras loss.
+    """`fcrn_fused.fcrn_loss` as a Keras loss.
 
-    What Keras reduces is the mean over the maps of each cell, (B, *S); with the default reduction
-    the loss is that of `reduction="mean"`. A `sample_weight` has one weight for each picture, (B,),
-    or for each cell, (B, *S). With the reductions to one number but "mean_with_sample_weight" it is
-    the `weight` of `fcrn_loss`, and the kernel reduces: where it is 0 the cell is masked.
+    Keras reduces the mean over the maps of each cell, (B, *S), so the default reduction gives the
+    loss of `reduction="mean"`. A `sample_weight` has one weight for each image, (B,), or for each
+    cell, (B, *S). With "sum_over_batch_size", "mean" and "sum" it becomes the `weight` of
+    `fcrn_loss`, so that a cell of weight 0 is masked, and the kernel reduces.
 
-    Its `get_config` holds the weight of negative cells as it is then: a model that is saved while
-    training and loaded again goes on with it.
+    `get_config` holds the current weight of negative cells: a model that is saved during training
+    and loaded again continues with it.
 
     Args:
         negative_weight, positive_weight, coord_weight, ignore_value, backend: as in `fcrn_loss`.
-        data_format: "channels_first" for maps (B, C, *S), "channels_last" for (B, *S, C), which are
-            read as they lie, without a copy; None takes `keras.config.image_data_format()`.
-        reduction: Keras's: "sum_over_batch_size", "sum", "mean", "mean_with_sample_weight", None.
+        data_format: "channels_first" for maps (B, C, *S), "channels_last" for (B, *S, C); both are
+            read in place. None takes `keras.config.image_data_format()`.
+        reduction: "sum_over_batch_size", "sum", "mean", "mean_with_sample_weight" or None, as in
+            `keras.losses.Loss`.
         name, dtype: as in `keras.losses.Loss`.
 
     Raises:
         RuntimeError: Keras runs on another backend than PyTorch.
         TypeError: a weight is not a number.
-        ValueError: a weight, `ignore_value`, `data_format`, `reduction` or `backend` that does not
-            fit.
+        ValueError: a weight, `ignore_value`, `data_format`, `reduction` or `backend` is not valid.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
             reduction="cell",
             backend=backend,
         )
-        """The PyTorch loss beneath, which a schedule anneals: `StepNegativeWeight(loss.module)`."""
+        """The PyTorch module, for schedules: `StepNegativeWeight(loss.module)`."""
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
-        """The reduced loss; a `sample_weight` of fewer dimensions than (B, *S) begins with B."""
-        dims = len(y_pred.shape) - 1  # those of the cells
+        """The reduced loss. A `sample_weight` with fewer dimensions than (B, *S) starts with B."""
+        dims = len(y_pred.shape) - 1  # of (B, *S)
         if sample_weight is not None:
-            # Keras would line it up with the last dimension instead
+            # Keras would align it with the last dimensions instead.
             sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype=self.dtype)
             if 0 < sample_weight.ndim < dims:
                 missing = dims - sample_weight.ndim
@@ -116,7 +116,7 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
         return self._loss(y_true, y_pred, reduction, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """The loss of each cell, (B, *S), of maps in this loss's `data_format`."""
+        """The loss of each cell, (B, *S); the maps are in `data_format`."""
         return self._loss(y_true, y_pred, "cell")
 
     def _loss(
@@ -127,18 +127,17 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
         rule = self.module._rule(reduction, weight)
         loss = loss_by_rule(y_pred, y_true, rule, False, self.module.backend)
         assert isinstance(loss, Tensor)
-        # Keras adds up the means over the maps
+        # Keras sums the means over the maps.
         return loss / y_pred.shape[1] if reduction == "sum" else loss
 
     def get_config(self) -> dict[str, Any]:
-        """Plain values from which `from_config` makes this loss again, the weight as it is now."""
-        coord_weight = self.module.coord_weight
+        """Plain values for `from_config`, with the current negative weight."""
         return {
             **super().get_config(),
             "dtype": self.dtype,
             "negative_weight": self.module.negative_weight.item(),
             "positive_weight": self.module.positive_weight,
-            "coord_weight": _plain(coord_weight),
+            "coord_weight": _plain(self.module.coord_weight),
             "ignore_value": self.module.ignore_value,
             "data_format": self.data_format,
             "backend": self.module.backend,
@@ -146,10 +145,10 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
 
 
 class NegativeWeightCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """Steps a schedule of the negative cells' weight after each training batch.
+    """Steps a schedule of the negative weight after each training batch.
 
-    The weight is added to the logs of each epoch as "negative_weight", for `History` and
-    `CSVLogger` behind it in the list of callbacks.
+    Adds the weight to the logs of each epoch as "negative_weight", for `History` and for a
+    `CSVLogger` that comes later in the list of callbacks.
 
     Args:
         schedule: `StepNegativeWeight` or `LinearNegativeWeight` over `loss.module`, or anything
@@ -169,7 +168,7 @@ class NegativeWeightCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.schedule = schedule
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Go on by one step."""
+        """Advance the schedule by one step."""
         self.schedule.step()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The losses as modules; `FCRNLoss` has a weight that a schedule can anneal."""
+"""The losses as modules. `FCRNLoss` has a weight that a schedule can anneal."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 class FCRNLoss(nn.Module):
     """`fcrn_loss` as a module with the same keywords.
 
-    `negative_weight` is a buffer, a 0-dim float32 tensor. Fill it in place to anneal it while
-    training: that costs no synchronisation and no recompilation, and works between replays of a
-    CUDA graph. `StepNegativeWeight` and `LinearNegativeWeight` do it for you. A `coord_weight`
-    given as a tensor is copied into a buffer too, as the `weight` of `nn.CrossEntropyLoss` is;
-    numbers, NumPy's included, are kept as Python floats.
+    `negative_weight` is a buffer, a 0-dim float32 tensor. To anneal it during training, fill it in
+    place, as `StepNegativeWeight` and `LinearNegativeWeight` do: this needs no synchronisation or
+    recompilation and works between replays of a CUDA graph. A `coord_weight` given as a tensor is
+    copied into a buffer too, like the `weight` of `nn.CrossEntropyLoss`. Numbers, NumPy's included,
+    are kept as Python floats.
 
-    Both buffers are in `state_dict()` and follow `.to(device)`, and both keep their dtype when the
+    Both buffers are in `state_dict()` and follow `.to(device)`. They keep their dtype when the
     module is cast or loads a checkpoint of another dtype.
 
-    Shapes: `pred` and `target` (B, C, *S), C - 1 pose maps and one confidence map; see `fcrn_loss`
-    for units, dtypes and what the reductions return.
+    Shapes: `pred` and `target` are (B, C, *S), with C - 1 pose maps and one confidence map. See
+    `fcrn_loss` for units, dtypes and the results of the reductions.
 
     Raises:
         TypeError: a weight or `ignore_value` is not a number.
-        ValueError: a weight, `ignore_value`, `reduction` or `backend` does not fit. Attributes that
-            are set later are checked in the same way.
+        ValueError: a weight, `ignore_value`, `reduction` or `backend` is not valid. Attributes that
+            are set later are checked too.
     """
 
     negative_weight: Tensor
@@ -72,7 +72,7 @@ class FCRNLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        # What reset_parameters() fills in, by the name of the buffer.
+        # The values for reset_parameters(), by the name of the buffer.
         self._initial: dict[str, float | list[float] | None] = {}
         self._register_weight("negative_weight", check_negative_weight(negative_weight))
         checked = check_coord_weight(coord_weight)
@@ -94,7 +94,7 @@ class FCRNLoss(nn.Module):
         weight: Tensor | None = None,
         positive: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, FCRNLossStats]:
-        """The loss of `pred` against `target`, both (B, C, *S); as `fcrn_loss` returns it."""
+        """`fcrn_loss` of `pred` and `target`, both (B, C, *S), with the settings of this module."""
         rule = self._rule(self.reduction, weight, positive)
         return loss_by_rule(pred, target, rule, self.return_stats, self.backend)
 
@@ -114,8 +114,7 @@ class FCRNLoss(nn.Module):
     def reset_parameters(self) -> None:
         """Fill both buffers with the values given at construction.
 
-        Call it after `to_empty()`, which leaves the buffers of a module made on the meta device
-        uninitialised.
+        Call this after `to_empty()`, which leaves the buffers uninitialised.
 
         Raises:
             RuntimeError: a weight was given as a tensor on the meta device, which has no values.
@@ -129,7 +128,7 @@ class FCRNLoss(nn.Module):
             getattr(self, name).copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
     def extra_repr(self) -> str:
-        """The settings, with the weight as it is now."""
+        """The settings, with the current negative weight."""
         settings: dict[str, Any] = {
             "negative_weight": _shown(self.negative_weight),
             "positive_weight": self.positive_weight,
@@ -144,7 +143,7 @@ class FCRNLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check a setting when it is set, so that `forward` need not."""
+        """Check a setting when it is set, so that `forward` does not have to."""
         super().__setattr__(name, _CHECKS[name](value) if name in _CHECKS else value)
 
     def _register_weight(
@@ -171,7 +170,7 @@ class FCRNLoss(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Keep the dtype of the weights also where `assign=True` takes the checkpoint's tensors."""
+        """Keep the dtype of the weights even if `assign=True` takes the checkpoint's tensors."""
         for name in self._initial:
             if isinstance(loaded := state_dict.get(prefix + name), Tensor):
                 state_dict[prefix + name] = loaded.to(getattr(self, name).dtype)
@@ -181,11 +180,11 @@ class FCRNLoss(nn.Module):
 class MaskedMSELoss(nn.Module):
     """`masked_mse_loss` as a module.
 
-    Shapes: `pred` and `target` of any one shape, to which `weight` broadcasts; see
-    `masked_mse_loss` for dtypes and what the reductions return.
+    Shapes: `pred` and `target` have the same shape, of any number of dimensions, and `weight`
+    broadcasts to it. See `masked_mse_loss` for dtypes and the results of the reductions.
 
     Raises:
-        ValueError: `reduction` or `backend` does not fit.
+        ValueError: `reduction` or `backend` is not valid.
     """
 
     def __init__(self, reduction: str = "mean", backend: str = "auto") -> None:
@@ -194,7 +193,7 @@ class MaskedMSELoss(nn.Module):
         self.backend = check_backend(backend)
 
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of `pred` against `target`, as `masked_mse_loss` returns it."""
+        """`masked_mse_loss` of `pred`, `target` and `weight`, with the settings of this module."""
         return masked_mse_loss(pred, target, weight, reduction=self.reduction, backend=self.backend)
 
     def extra_repr(self) -> str:

@@ -1,11 +1,11 @@
-"""The operators: those in C++ find their kernels here, those in Python allocate and call them.
+"""The operators: loads the compiled ones and defines those that allocate their results.
 
-`fcrn_fused::forward_into` and `fcrn_fused::backward_into`, in C++, are one pass over the maps each,
-`fcrn_fused::sum_into` is one over weights; they write into the tensors they are given.
-`fcrn_fused::forward` and `fcrn_fused::backward` allocate the results and can be traced and
-differentiated: they are what compiled, exported and traced programs hold. In eager mode
-`autograd.FCRNLossFunction` calls `run_forward` and `run_backward`, which are the same without the
-way through PyTorch's dispatcher.
+The compiled operators write into tensors that they are given: `fcrn_fused::forward_into` and
+`fcrn_fused::backward_into` are one pass over the maps each, `fcrn_fused::sum_into` is one over a
+weight. `fcrn_fused::forward` and `fcrn_fused::backward`, defined here, allocate their results and
+can be traced and differentiated; compiled, exported and traced programs contain them. In eager
+mode, `autograd.FCRNLossFunction` calls `run_forward` and `run_backward`, which do the same without
+these two operators' trip through the dispatcher.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .tracing import is_traced
 from .validation import Rule
 from .version import __version__
 
-MAX_DIMS = 18  # B, C and kMaxSpatialDims of csrc/tensor_view.h; more, where some lie in one
+MAX_DIMS = 18  # B, C and kMaxSpatialDims (csrc/tensor_view.h), not counting merged dimensions
 _MOST_NUMBERS = 32  # kInlineCoordWeights of csrc/loss_pass.h
 _OLDEST_TORCH = (2, 11)
-_REBUILD = "build it again with `pip install --no-build-isolation .`"
+_REBUILD = "rebuild it with `pip install --no-build-isolation .`"
 _FOLDERS = sys.modules[__package__].__path__
 
-# What setup.py wrote beside the compiled modules; a source folder that was never built has none.
+# Written by setup.py beside the compiled modules; absent if the package was never built.
 try:
     BUILD_INFO: dict[str, str | None] = importlib.import_module("fcrn_fused._build_info").INFO
 except ModuleNotFoundError:
@@ -40,13 +40,13 @@ except ModuleNotFoundError:
 
 
 def why_not(device_type: str, index: int | None = None) -> str | None:
-    """Why the compiled kernels do not serve a device ("cpu", "cuda"); None: they do.
+    """Why the compiled kernels do not support a type of device ("cpu", "cuda"), or None.
 
-    `index` is that of a CUDA device, None the current one; the first question about one begins to
-    use it.
+    `index` is that of a CUDA device, None the current one. The first call for a CUDA device
+    initialises it.
     """
     if device_type == "meta":
-        device_type = "cpu"  # shapes and dtypes only: the fake kernels serve it
+        device_type = "cpu"  # the fake kernels support it
     problem = _problems.get(device_type, f"there are no kernels for {device_type} devices")
     if problem is None and device_type == "cuda":
         return _cuda_device_problem(index)
@@ -55,12 +55,16 @@ def why_not(device_type: str, index: int | None = None) -> str | None:
 
 # ---- one pass ------------------------------------------------------------------------------------
 
-# The loss, its parts by kind (3,), the number of positive cells; None where they are not wanted.
+# The loss, its parts by kind (3,) and the number of positive cells; None where not wanted.
 Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
-    """A `Rule` as the operators take it: tensors and numbers apart, the reduction as a divisor."""
+    """The operators' arguments for a `Rule`.
+
+    `(negative_weight, coord_weight, weight, positive, weight_sum, numbers, ignore_value, divisor,
+    output)`: first the tensors, then numbers, the reduction as a divisor and the kind of output.
+    """
     negative, positive_weight, coord, ignore_value, reduction, weight, positive, has_kinds = rule
     negative_tensor = coord_tensor = None
     if isinstance(negative, Tensor):
@@ -79,7 +83,7 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
 
 
 def _weight_total(weight: Tensor) -> Tensor:
-    """As the reference has it, but without a copy of the weights."""
+    """`reference.weight_total` without a copy of the weights."""
     if is_traced() or weight.is_meta or (weight.is_cuda and weight.dtype is torch.float64):
         return weight_total(weight)
     if weight.is_cuda:
@@ -93,9 +97,9 @@ def _weight_total(weight: Tensor) -> Tensor:
 
 
 def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for the kernels, with 0-dim tensors on the CPU as numbers, which are read now.
+    """The arguments with tensors on the CPU read and passed by value.
 
-    So a CUDA graph keeps the value that it was captured with.
+    A CUDA graph thus keeps the values that it was captured with.
     """
     negative: Tensor | None
     coord: Tensor | None
@@ -104,7 +108,7 @@ def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, 
         numbers = [negative.item(), *numbers[1:]]
         negative = None
     if coord is not None and coord.is_cpu:
-        if coord.numel() > _MOST_NUMBERS:  # which kernels read on their device
+        if coord.numel() > _MOST_NUMBERS:  # too many to pass by value
             coord = coord.to(pred.device)
         else:
             numbers = [*numbers[:2], *coord.reshape(-1).tolist()]
@@ -120,7 +124,7 @@ def without_cpu_weights(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, 
 
 
 def _expanded(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with `weight` in pred's shape and `positive` as (B, *S), by strides of 0."""
+    """The arguments with `weight` expanded to pred's shape and `positive` to (B, *S)."""
     negative, coord, weight, positive, *rest = arguments
     if weight is not None:
         weight = weight.expand(pred.shape)
@@ -130,7 +134,7 @@ def _expanded(pred: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def rule_of(arguments: tuple[Any, ...], reduction: str) -> Rule:
-    """The other way round."""
+    """The `Rule` of the operators' arguments, the inverse of `op_arguments`."""
     negative_tensor, coord_tensor, weight, positive, _, numbers, ignore_value, *_ = arguments
     negative, positive_weight, *coord = numbers or (1.0, 1.0, 1.0)
     return Rule(
@@ -152,15 +156,15 @@ def run_forward(
     want_stats: bool,
     grad: Tensor | None = None,
 ) -> Results:
-    """The loss and, if wanted, its parts; into `grad`, if given, dloss/dpred at grad_output 1.
+    """The loss and, if wanted, its parts; dloss/dpred at grad_output 1 into `grad`, if given.
 
-    Where `divisor` counts the positive cells, known only at the end of the pass, `grad` is still to
-    be divided by them: `run_backward` with `rescaled` does it. `arguments` have been through
-    `without_cpu_weights`.
+    With `COUNT_POSITIVE`, `grad` is not yet divided by the number of positive cells, which is known
+    only at the end of the pass; `run_backward` with `rescaled` divides it. `arguments` must come
+    from `without_cpu_weights`.
     """
     results = _empty_results(pred, target, arguments, want_stats)
     workspace = _workspace(pred) if pred.is_cuda else None
-    with torch._C._AutoDispatchBelowAutograd():  # whose place is taken by those who call this
+    with torch._C._AutoDispatchBelowAutograd():  # the caller differentiates
         torch.ops.fcrn_fused.forward_into.default(
             pred, target, *_expanded(pred, arguments), *results, grad, workspace
         )
@@ -199,12 +203,21 @@ def run_backward(
 ) -> Tensor:
     """dloss/dpred or dloss/dtarget.
 
-    `rescaled`, if given, is the `grad` of `run_forward`. It is put right in place: the device looks
-    at grad_output, does nothing where it is 1, and else computes anew what can differ from zero,
-    so the result is the same to the bit. `arguments` have been through `without_cpu_weights`.
+    `rescaled`, if given, is the `grad` of `run_forward`, which is corrected in place: the device
+    reads grad_output, does nothing if it is 1, and else recomputes all that is not masked, so the
+    bits are those of a new gradient. `arguments` must come from `without_cpu_weights`.
     """
     if wrt_target and pred.dtype != target.dtype:
-        return _backward_of_mixed_dtypes(grad_output, pred, target, arguments, num_positive)
+        # The kernels write gradients in pred's dtype. Widening is exact, and the gradient is still
+        # rounded once; the ignored confidence must be rounded to target's dtype here.
+        *weights, ignore_value, divisor, output = arguments
+        if ignore_value is not None:
+            ignore_value = torch.tensor(ignore_value, dtype=torch.float64).to(target.dtype).item()
+        arguments = (*weights, ignore_value, divisor, output)
+        dtype, wide = target.dtype, accumulation_dtype(pred.dtype, target.dtype)
+        pred, target = pred.to(wide), target.to(wide)
+        grad = run_backward(grad_output, pred, target, arguments, num_positive, wrt_target=True)
+        return grad.to(dtype)
     grad = torch.empty_like(target if wrt_target else pred) if rescaled is None else rescaled
     settings = (*_expanded(pred, arguments), num_positive, wrt_target, rescaled is not None)
     with torch._C._AutoDispatchBelowAutograd():
@@ -212,35 +225,8 @@ def run_backward(
     return grad
 
 
-def _backward_of_mixed_dtypes(
-    grad_output: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    arguments: tuple[Any, ...],
-    num_positive: Tensor | None,
-) -> Tensor:
-    """dloss/dtarget where the kernels, which write gradients in the dtype of pred, cannot.
-
-    Widening is exact, and the confidence to ignore is rounded as target was: the result is rounded
-    once, as theirs are.
-    """
-    *weights, ignore_value, divisor, output = arguments
-    if ignore_value is not None:
-        ignore_value = torch.tensor(ignore_value, dtype=torch.float64).to(target.dtype).item()
-    wide = accumulation_dtype(pred.dtype, target.dtype)
-    grad = run_backward(
-        grad_output,
-        pred.to(wide),
-        target.to(wide),
-        (*weights, ignore_value, divisor, output),
-        num_positive,
-        wrt_target=True,
-    )
-    return grad.to(target.dtype)
-
-
 def _workspace(pred: Tensor) -> Tensor:
-    """Memory for the sums of a launch's blocks, 32 bytes each, and one more for its ticket."""
+    """Memory for the sums of the blocks of a launch, 32 bytes each, and 32 bytes for its ticket."""
     multiprocessors = torch.cuda.get_device_properties(pred.device).multi_processor_count
     blocks = multiprocessors * importlib.import_module("fcrn_fused._cuda").blocks_per_multiprocessor
     return pred.new_empty((blocks + 1, 4), dtype=torch.int64)
@@ -250,11 +236,11 @@ def _workspace(pred: Tensor) -> Tensor:
 
 
 def forward(pred: Tensor, target: Tensor, arguments: tuple[Any, ...]) -> Results:
-    """The loss, its parts and the number of positive cells by the traceable operator."""
+    """The loss, its parts and the number of positive cells, by the traceable operator."""
     *settings, divisor, output = arguments
     if isinstance(divisor, Tensor) and output == 0:
-        # torch.jit.trace has sizes in tensors, which the operator would take for constants; that
-        # of the maps, by which "cell" divides, is one.
+        # torch.jit.trace gives sizes as tensors, which the operator would make constants. Divide
+        # by them here; the number of maps, by which "cell" divides, may be a constant.
         loss, parts, num_positive = forward(pred, target, (*settings, 1, output))
         return loss / divisor, parts, num_positive
     result: Results = torch.ops.fcrn_fused.forward.default(pred, target, *arguments)
@@ -269,7 +255,7 @@ def backward(
     num_positive: Tensor | None,
     wrt_target: bool,
 ) -> Tensor:
-    """dloss/dpred or dloss/dtarget by the traceable operator."""
+    """dloss/dpred or dloss/dtarget, by the traceable operator."""
     result: Tensor = torch.ops.fcrn_fused.backward.default(
         grad_output, pred, target, *arguments, num_positive, wrt_target
     )
@@ -307,13 +293,21 @@ def _fake_backward(grad_output: Tensor, pred: Tensor, target: Tensor, *arguments
     return torch.empty_like(target if arguments[-1] else pred)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, negative, coord, weight, positive, total, *ctx.settings = inputs
-    # Copies: whoever fills a weight before backward does not change this gradient.
-    negative, coord = (None if given is None else given.clone() for given in (negative, coord))
-    ctx.save_for_backward(pred, target, negative, coord, weight, positive, total, output[2])
-    ctx.mark_non_differentiable(*output[1:])
+def save_for_backward(
+    ctx: Any, pred: Tensor, target: Tensor, arguments: tuple[Any, ...], num_positive: Tensor | None
+) -> None:
+    """Save for backward: tensors by autograd, since compiled autograd loses those kept on ctx."""
+    # A schedule may change negative_weight or coord_weight in place before backward.
+    copies = [None if given is None else given.clone() for given in arguments[:2]]
+    ctx.save_for_backward(pred, target, *copies, *arguments[2:5], num_positive)
+    ctx.settings = arguments[5:]
     ctx.set_materialize_grads(False)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pred, target, *arguments = inputs
+    save_for_backward(ctx, pred, target, tuple(arguments), output[2])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate_forward(
@@ -321,36 +315,37 @@ def _differentiate_forward(
 ) -> tuple[Tensor | None, ...]:
     pred, target, *tensors, num_positive = ctx.saved_tensors
     arguments = (*tensors, *ctx.settings)
-    grads: list[Tensor | None] = [None, None]
-    if grad_output is not None:
-        for i in (0, 1):
-            if ctx.needs_input_grad[i]:
-                grads[i] = backward(grad_output, pred, target, arguments, num_positive, i == 1)
+    grads = [
+        backward(grad_output, pred, target, arguments, num_positive, i == 1)
+        if grad_output is not None and ctx.needs_input_grad[i]
+        else None
+        for i in (0, 1)
+    ]
     return (*grads, *(None,) * len(arguments))
 
 
 def _refuse_to_be_constant(operator: Any, *arguments: Any) -> None:
-    """What is written into a given tensor has no gradient; without this that would show nowhere."""
+    """Autograd kernel of the operators that write into tensors, which have no gradient."""
     given = [argument for argument in arguments if isinstance(argument, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         raise RuntimeError(
-            f"{operator} cannot be differentiated; call fcrn_fused.fcrn_loss, or "
-            "torch.ops.fcrn_fused.forward, or this under torch.no_grad()"
+            f"{operator} cannot be differentiated; call fcrn_fused.fcrn_loss or "
+            "torch.ops.fcrn_fused.forward, or call it under torch.no_grad()"
         )
     with torch._C._AutoDispatchBelowAutograd():
         operator(*arguments)
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError("the second derivatives of fcrn_loss exist in eager mode only")
+    raise RuntimeError("second derivatives of fcrn_loss are supported in eager mode only")
 
 
 def _batch_backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-    """vmap over grad_output and what else is batched, one after the other."""
+    """vmap over grad_output and any other batched input, one example after the other."""
 
     def example(index: int) -> tuple[Any, ...]:
         return tuple(
-            given.select(dim, index) if isinstance(dim, int) else given  # a list has a list of None
+            given.select(dim, index) if isinstance(dim, int) else given
             for given, dim in zip(inputs, in_dims, strict=True)
         )
 
@@ -378,39 +373,42 @@ def _register() -> None:
     torch.library.register_fake("fcrn_fused::forward", _fake_forward)
     torch.library.register_fake("fcrn_fused::backward", _fake_backward)
     torch.library.register_autograd(
-        "fcrn_fused::forward", _differentiate_forward, setup_context=_save_for_backward
+        "fcrn_fused::forward", _differentiate_forward, setup_context=_setup_context
     )
     torch.library.register_autograd("fcrn_fused::backward", _no_second_derivative)
     torch.library.register_vmap("fcrn_fused::backward", _batch_backward)
 
 
 def _load() -> dict[str, str | None]:
-    """Load the compiled modules; by type of device, the problem that keeps its kernels away."""
+    """Load the compiled modules. For each type of device, why its kernels are missing, or None."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    built = BUILD_INFO.get("version", __version__)
     if version < _OLDEST_TORCH:
-        problem = (
-            f"the compiled kernels need PyTorch {'.'.join(map(str, _OLDEST_TORCH))} or newer, "
-            f"this is {torch.__version__}; upgrade with `pip install -U torch`"
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        problem: str | None = (
+            f"the compiled kernels need PyTorch {oldest} or newer, this is {torch.__version__}; "
+            "upgrade with `pip install -U torch`"
         )
-        return {"cpu": problem, "cuda": problem}
-    if (built := BUILD_INFO.get("version", __version__)) != __version__:
+    elif built != __version__:
         problem = (
-            f"the compiled kernels are of fcrn_fused {built}, this is {__version__}; {_REBUILD}"
-        )
-        return {"cpu": problem, "cuda": problem}
-    cpu_problem = _import_problem("cpu", "_C")
-    if cpu_problem is None and BUILD_INFO.get("cuda") and not torch.backends.cuda.is_built():
-        cuda_problem: str | None = (
-            f"this PyTorch, {torch.__version__}, is not a CUDA build; install one (the CUDA "
-            "kernels of fcrn_fused are there)"
+            f"the compiled kernels belong to fcrn_fused {built}, this is {__version__}; {_REBUILD}"
         )
     else:
-        cuda_problem = cpu_problem or _import_problem("cuda", "_cuda")
-    return {"cpu": cpu_problem, "cuda": cuda_problem}
+        problem = _import_problem("cpu", "_C")
+    if problem is not None:
+        return {"cpu": problem, "cuda": problem}
+    if BUILD_INFO.get("cuda") and not torch.backends.cuda.is_built():
+        problem = (
+            f"this PyTorch, {torch.__version__}, is not a CUDA build; install one (fcrn_fused "
+            "has its CUDA kernels)"
+        )
+    else:
+        problem = _import_problem("cuda", "_cuda")
+    return {"cpu": None, "cuda": problem}
 
 
 def _import_problem(device_type: str, name: str) -> str | None:
-    """Import a compiled module, which registers its kernels; None, or why that does not work."""
+    """Import a compiled module, which registers its kernels. Why that fails, or None."""
     try:
         importlib.import_module(f"fcrn_fused.{name}")
         return None
@@ -426,7 +424,7 @@ def _import_problem(device_type: str, name: str) -> str | None:
     return f"{_FOLDERS[0]} was not built; {_REBUILD}"
 
 
-_usable_cuda_devices: set[int] = set()  # a failure is not kept: it may be gone the next time
+_usable_cuda_devices: set[int] = set()  # failures are not kept: they may be temporary
 
 
 def _cuda_device_problem(index: int | None) -> str | None:
@@ -434,7 +432,7 @@ def _cuda_device_problem(index: int | None) -> str | None:
         return None
     if not torch.cuda.is_available():
         return (
-            "PyTorch sees no CUDA device (torch.cuda.is_available() is False); look for the GPU "
+            "PyTorch finds no CUDA device (torch.cuda.is_available() is False); check the GPU "
             "and its driver with nvidia-smi"
         )
     index = torch.cuda.current_device() if index is None else index
@@ -449,7 +447,7 @@ def _cuda_device_problem(index: int | None) -> str | None:
     )
 
 
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
+# torch.compiler.assume_constant_result sets this too, but imports the whole compiler.
 _cuda_device_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

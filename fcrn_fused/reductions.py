@@ -1,4 +1,4 @@
-"""The reductions: what the weighted squared errors are divided by. The rest follows this table."""
+"""The reductions, as divisors of the sum of weighted squared errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-COUNT_POSITIVE = -1  # divide by the number of positive cells, but at least by 1
+COUNT_POSITIVE = -1  # the number of positive cells, at least 1
 
 DIVISORS: dict[str, Callable[[Tensor], int]] = {
     "mean": lambda pred: pred.numel(),
@@ -16,7 +16,7 @@ DIVISORS: dict[str, Callable[[Tensor], int]] = {
     "cell": lambda pred: pred.shape[1],
     "none": lambda pred: 1,
 }
-# Those with more than one number as a result, by what the operators call them; the others are 0.
+# The operators' `output` argument for reductions with more than one result; 0 for the others.
 OUTPUTS = {"cell": 1, "none": 2}
-# Those of `masked_mse_loss`, whose "mean" divides by the sum of the weights, if there are any.
+# The reductions of `masked_mse_loss`; with a weight, "mean" divides by the sum of the weights.
 MASKED_REDUCTIONS = ("mean", "sum", "none")

@@ -1,4 +1,4 @@
-"""The definition of the loss in plain PyTorch: fallback on any device, and the tests' oracle."""
+"""The loss in plain PyTorch: its definition, the fallback on any device and the tests' oracle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .reductions import COUNT_POSITIVE, DIVISORS
 from .stats import FCRNLossStats
 from .tracing import is_traced
-from .validation import Rule, check, make_masked_rule, make_rule
+from .validation import Rule, check, checked, make_masked_rule
 
 _SUMMED_BY_ONE_THREAD = 32_768
 
@@ -30,14 +30,14 @@ def fcrn_loss(
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
-    """The loss of `fcrn_fused.fcrn_loss`, with the same arguments, by PyTorch's own operations.
+    """`fcrn_fused.fcrn_loss` in plain PyTorch: the same arguments, values, gradients and errors.
 
-    Every promise about values and gradients holds here too; what it costs is memory and time:
-    some thirty passes over the maps instead of one.
+    It takes about thirty passes over the maps instead of one, and the memory for their results.
     """
-    rule = make_rule(
+    rule = Rule(
         negative_weight, positive_weight, coord_weight, ignore_value, reduction, weight, positive
     )
+    rule = checked(rule)
     check(pred, target, rule)
     return loss_by_rule(pred, target, rule, return_stats)
 
@@ -45,7 +45,7 @@ def fcrn_loss(
 def masked_mse_loss(
     pred: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
 ) -> Tensor:
-    """The loss of `fcrn_fused.masked_mse_loss`, by PyTorch's own operations."""
+    """`fcrn_fused.masked_mse_loss` in plain PyTorch."""
     rule = make_masked_rule(weight, reduction)
     check(pred, target, rule)
     loss = loss_by_rule(pred, target, rule, return_stats=False)
@@ -56,8 +56,8 @@ def masked_mse_loss(
 def loss_by_rule(
     pred: Tensor, target: Tensor, rule: Rule, return_stats: bool
 ) -> Tensor | tuple[Tensor, FCRNLossStats]:
-    """`fcrn_loss` for a rule that has been checked already."""
-    cells = weigh(pred, target, rule)
+    """`fcrn_loss` or `masked_mse_loss` of arguments that have been checked."""
+    cells = apply_rule(pred, target, rule)
     errors = cells.weight * cells.difference**2
     if rule.reduction == "none":
         loss = errors
@@ -76,43 +76,43 @@ def loss_by_rule(
     )
 
 
-class WeighedCells(NamedTuple):
-    """The elements of a batch after the table of the definition has been applied to them."""
+class WeightedCells(NamedTuple):
+    """The elements of a batch, each with its weight."""
 
-    counted: Tensor  # of pred's shape, bool: the element is part of the computation
-    positive: Tensor  # (B, 1, *S) bool; without kinds of no meaning
+    counted: Tensor  # of pred's shape, bool: False where an element is masked or ignored
+    positive: Tensor  # (B, 1, *S) bool; has no meaning without kinds
     weight: Tensor  # of pred's shape, 0 where not counted
-    difference: Tensor  # of pred's shape, pred - target, 0 where not counted
+    difference: Tensor  # pred - target, 0 where not counted
 
 
-def weigh(pred: Tensor, target: Tensor, rule: Rule) -> WeighedCells:
-    """Apply the definition's table: the kind of each cell, and from it each element's weight."""
+def apply_rule(pred: Tensor, target: Tensor, rule: Rule) -> WeightedCells:
+    """Find the kind of each cell, and from it the weight of each element."""
     dtype = accumulation_dtype(pred.dtype, target.dtype)
     if rule.has_kinds:
-        counted, positive, weight = _weigh_by_kind(pred, target, rule, dtype)
+        counted, positive, weight = _weights_by_kind(pred, target, rule, dtype)
     else:
         counted = positive = torch.ones_like(pred, dtype=torch.bool)
         weight = torch.ones((), dtype=dtype, device=pred.device)
     if rule.weight is not None:
         given = rule.weight.to(dtype)
-        counts = given != 0  # 0-dim, it may be on the CPU
+        counts = given != 0  # may be on the CPU if it is 0-dim
         counted = counted & counts
         if rule.has_kinds:
             positive = positive & (counts[:, -1:] if counts.dim() > 0 else counts)
         weight = weight * given
-    return WeighedCells(
+    return WeightedCells(
         counted,
         positive,
         torch.where(counted, weight, 0),
-        # not a product with a 0/1 mask: 0 * nan is nan
+        # Not a product with a 0/1 mask: 0 * nan is nan.
         torch.where(counted, pred.to(dtype) - target.to(dtype), 0),
     )
 
 
-def _weigh_by_kind(
+def _weights_by_kind(
     pred: Tensor, target: Tensor, rule: Rule, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What counts and the weights, (B, C, *S), and which cells are positive, (B, 1, *S)."""
+    """Which elements count, (B, C, *S), which cells are positive, (B, 1, *S), and the weights."""
     num_maps = target.shape[1]
     per_map = (num_maps,) + (1,) * (target.dim() - 2)
 
@@ -124,7 +124,7 @@ def _weigh_by_kind(
     positive = (confidence > 0 if rule.positive is None else rule.positive) & ~ignored
     is_confidence = (torch.arange(num_maps, device=target.device) == num_maps - 1).view(per_map)
     counted = positive | (is_confidence & ~ignored)
-    # in the memory format of pred, and so is all that follows, the gradient included
+    # Give what follows, the gradient included, the memory format of pred.
     counted = torch.zeros_like(pred, dtype=torch.bool) | counted
 
     negative_weight = rule.negative_weight
@@ -135,38 +135,38 @@ def _weigh_by_kind(
 
 
 def gradient(grad_output: Tensor, pred: Tensor, target: Tensor, rule: Rule) -> Tensor:
-    """dloss/dpred, (B, C, *S), as an expression that autograd can differentiate once more.
+    """dloss/dpred, (B, C, *S), by operations that autograd can differentiate once more.
 
-    dloss/dtarget is its negative. `grad_output` has the loss's shape and dtype.
+    dloss/dtarget is its negative. `grad_output` has the shape and dtype of the loss.
     """
-    cells = weigh(pred, target, rule)
+    cells = apply_rule(pred, target, rule)
     scale = grad_output.unsqueeze(1) if rule.reduction == "cell" else grad_output
     scale = (scale / _divisor(pred, cells, rule)).to(cells.weight.dtype)
     return torch.where(cells.counted, 2 * cells.weight * cells.difference * scale, 0)
 
 
 def accumulation_dtype(pred: torch.dtype, target: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic and of the loss: the wider of the two, at least float32."""
+    """The dtype of the arithmetic and the loss: the wider of the two, at least float32."""
     return torch.promote_types(torch.promote_types(pred, target), torch.float32)
 
 
 def _sum(values: Tensor) -> Tensor:
-    """The sum of a tensor, the same whatever the number of threads.
+    """The sum of a tensor, 0-dim, with the same bits for any number of threads.
 
-    PyTorch splits a sum to one number among its threads from 32,768 elements on; a sum to several
-    numbers gives each of them to one thread.
+    PyTorch splits a full reduction among its threads from 32,768 elements on; in a partial one,
+    each result is computed by one thread.
     """
     kept = min(2, values.dim() - 1)
     if kept > 0 and values.shape[0] * values.shape[kept - 1] > 1:
         values = values.sum(tuple(range(kept, values.dim())))
-    # a traced program would sum the same number of pieces whatever it is given
+    # The number of pieces would be a constant of a traced program.
     if is_traced() or values.numel() <= _SUMMED_BY_ONE_THREAD:
         return values.sum()
     pieces = values.flatten().split(_SUMMED_BY_ONE_THREAD)
     return torch.stack([piece.sum() for piece in pieces]).sum()
 
 
-def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
+def _divisor(pred: Tensor, cells: WeightedCells, rule: Rule) -> int | Tensor:
     if (total := weight_sum(pred, rule)) is not None:
         return total
     divisor = DIVISORS[rule.reduction](pred)
@@ -174,34 +174,34 @@ def _divisor(pred: Tensor, cells: WeighedCells, rule: Rule) -> int | Tensor:
 
 
 def weight_total(weight: Tensor) -> Tensor:
-    """The sum of a tensor of weights, 0-dim, exact or in float64: gradients are divided by it."""
+    """The sum of a tensor of weights, 0-dim; exact for bool, else in float64."""
     if weight.dtype is torch.bool:
         return weight.sum()
     total = _sum(weight.to(_widest(weight.device)))
-    if weight.dtype is torch.float64:  # again from their mean on: what that rounds is less
+    if weight.dtype is torch.float64:  # summing the deviations from the mean rounds less
         mean = total / max(weight.numel(), 1)
         total = mean * weight.numel() + _sum(weight - mean)
     return total
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def weight_sum(
     pred: Tensor, rule: Rule, total: Callable[[Tensor], Tensor] = weight_total
 ) -> Tensor | None:
-    """By what the "mean" of `masked_mse_loss` is divided: the sum of all elements' weights.
+    """The divisor of the "mean" of `masked_mse_loss`: the sum of the weights of all elements.
 
-    A 0-dim float64 tensor, infinite where the sum is 0: what is divided by it is 0. None: it is not
-    wanted, or there is no element, and then the mean is NaN as that of `mse_loss` is.
+    A 0-dim float64 tensor; infinity where the sum is 0, so that the mean is 0. None for other
+    losses, and for empty inputs, whose mean is NaN as that of `mse_loss` is.
     """
     weight = rule.weight
     if rule.has_kinds or rule.reduction != "mean" or weight is None or pred.numel() == 0:
         return None
-    if not is_traced():  # which would keep the strides of its example
+    if not is_traced():  # a traced program may meet other strides
         for dim, stride in enumerate(weight.stride()):
-            if stride == 0:  # expanded: what repeats itself is summed once, and not written out
+            if stride == 0:  # expanded: sum the elements that are in memory
                 weight = weight.narrow(dim, 0, 1)
     repeats = pred.numel() // max(weight.numel(), 1)
     of_all = total(weight).to(_widest(weight.device)) * repeats
@@ -211,10 +211,10 @@ def weight_sum(
 def _positive_weights(
     rule: Rule, num_maps: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The weights of a positive cell's maps, (C,): the pose maps' and then the confidence's."""
+    """The weights of the maps of a positive cell, (C,): the pose maps, then the confidence."""
 
     def filled(number: float, count: int = 1) -> Tensor:
-        # on the device: a copy from the host would synchronise
+        # Made on the device: a copy from the host would synchronise.
         return torch.full((count,), number, dtype=dtype, device=device)
 
     weights = rule.coord_weight

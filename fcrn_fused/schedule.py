@@ -1,4 +1,4 @@
-"""Schedules that anneal the weight of negative cells while a network trains."""
+"""Schedules that anneal the weight of negative cells during training."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def _checked(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings and the step of a schedule, as plain Python values."""
+    """The settings and the step of a schedule, checked, as plain Python values."""
     return {name: _CHECKS[name](name, value) for name, value in state.items()}
 
 
 def _unwrapped(loss: nn.Module) -> FCRNLoss:
-    """The `FCRNLoss` in the wrappers of torch.compile and of data parallelism."""
+    """The `FCRNLoss` inside wrappers of torch.compile and data parallelism."""
     inner: Any = loss
     while not isinstance(inner, FCRNLoss):
         if isinstance(inner, (DataParallel, DistributedDataParallel)):
             inner = inner.module
-        elif hasattr(inner, "_orig_mod"):  # torch.compile's OptimizedModule, a private class
+        elif hasattr(inner, "_orig_mod"):  # OptimizedModule of torch.compile, a private class
             inner = inner._orig_mod
         else:
             raise TypeError(f"loss must be an FCRNLoss, got {type(inner).__name__}")
@@ -59,9 +59,9 @@ def _unwrapped(loss: nn.Module) -> FCRNLoss:
 
 
 class _NegativeWeightSchedule:
-    """What the schedules share; a subclass defines the weight after `last_step` steps.
+    """Base class of the schedules. A subclass defines the weight after `last_step` steps.
 
-    The weight is filled in place, so that a captured CUDA graph and a compiled step see it.
+    The weight is filled in place, so that captured CUDA graphs and compiled steps see it.
     """
 
     last_step: int
@@ -75,25 +75,25 @@ class _NegativeWeightSchedule:
         raise NotImplementedError
 
     def step(self) -> None:
-        """Advance by one step and fill the weight; call it once per iteration."""
+        """Advance by one step and fill the weight. Call this once per iteration."""
         self.last_step += 1
         self._fill()
 
     def get_last_weight(self) -> float:
-        """The weight as it was filled last, a Python number (no synchronisation)."""
+        """The weight that was filled last, a Python float (no synchronisation)."""
         return self._weight()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the loss, in plain Python values (loads with `weights_only=True`)."""
+        """All attributes except the loss, plain Python values (loads with `weights_only=True`)."""
         return {name: value for name, value in vars(self).items() if name != "loss"}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the settings and the step of `state_dict`, and fill the weight.
+        """Load the settings and the step of `state_dict`, and fill the weight.
 
         Raises:
-            KeyError: a value is missing, or is not one of this schedule's.
-            TypeError, ValueError: a value that the constructor refuses, or a `last_step` that is
-                not an integer or is negative. Nothing is changed.
+            KeyError: a key is missing or unexpected.
+            TypeError, ValueError: the constructor would refuse a value, or `last_step` is not an
+                integer or is negative. The schedule is then unchanged.
         """
         wanted = self.state_dict().keys()
         if state_dict.keys() != wanted:
@@ -111,21 +111,21 @@ class _NegativeWeightSchedule:
 class StepNegativeWeight(_NegativeWeightSchedule):
     """The schedule of FCRN's authors: `min(final, initial * gamma ** (steps // step_size))`.
 
-    Fills `loss.negative_weight` in place, from construction on. With the defaults the weight
-    starts at 0.01, grows by 5 % every 100 iterations and reaches 1 after 9,500 (the authors'
-    reply in ankush-me/SynthText, issue 20, for batches of 16 images).
+    Fills `loss.negative_weight` in place, from construction on. With the defaults, the weight
+    starts at 0.01, grows by 5 % every 100 iterations and reaches 1 after 9,500 (as the authors
+    describe for batches of 16 images in ankush-me/SynthText, issue 20).
 
     Args:
         loss: the `FCRNLoss` to anneal, also one wrapped by `torch.compile`, `DataParallel` or
             `DistributedDataParallel`.
         initial: weight at the start, finite and not negative.
         gamma: factor of growth, positive and finite.
-        step_size: number of steps from one growth to the next, at least 1.
-        final: the weight is never above this; finite and not negative.
+        step_size: number of steps between growths, at least 1.
+        final: upper bound of the weight, finite and not negative.
 
     Raises:
         TypeError: `loss` is not an `FCRNLoss`, or a value is not a number.
-        ValueError: a value out of the ranges above, which the message names.
+        ValueError: a value is out of the range given above.
     """
 
     initial: float
@@ -147,13 +147,13 @@ class StepNegativeWeight(_NegativeWeightSchedule):
     def _weight(self) -> float:
         try:
             weight = self.initial * self.gamma ** (self.last_step // self.step_size)
-        except OverflowError:  # the power left the range of a float: far above `final`
+        except OverflowError:  # far above `final`
             weight = math.inf if self.initial > 0 else 0.0
         return min(self.final, weight)
 
 
 class LinearNegativeWeight(_NegativeWeightSchedule):
-    """A weight that goes from `initial` to `final` in equal steps, and stays there.
+    """A weight that goes from `initial` to `final` in `total_iters` equal steps and stays there.
 
     Fills `loss.negative_weight` in place, from construction on.
 
@@ -166,7 +166,7 @@ class LinearNegativeWeight(_NegativeWeightSchedule):
 
     Raises:
         TypeError: `loss` is not an `FCRNLoss`, or a value is not a number.
-        ValueError: a value out of the ranges above, which the message names.
+        ValueError: a value is out of the range given above.
     """
 
     initial: float

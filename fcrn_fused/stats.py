@@ -1,4 +1,4 @@
-"""The parts of the loss, for logs."""
+"""The parts of the loss, for logging."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class FCRNLossStats(NamedTuple):
-    """What the loss is made of: sums of the weighted squared error before any division.
+    """The parts of the loss: sums of the weighted squared error, before any division.
 
-    All are detached 0-dim tensors on the device of `pred`; reading one on the host (`.item()`)
-    waits for the device. `coord + positive_conf + negative_conf` is the loss of `reduction="sum"`.
+    All are detached 0-dim tensors on the device of `pred`; `.item()` on one waits for the device.
+    `coord + positive_conf + negative_conf` is the loss with `reduction="sum"`.
     """
 
     coord: Tensor  # pose maps of positive cells, in the loss's dtype

@@ -1,4 +1,4 @@
-"""Whether operators are recorded, so that what runs must be right for other inputs as well."""
+"""Whether PyTorch is recording operators, to run them again with other inputs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 
 
 def is_traced() -> bool:
-    """Whether operators are recorded: what runs must then be one that can be differentiated."""
+    """Whether operators are recorded; only differentiable ones may be called then."""
     return (
         torch.compiler.is_compiling()
         or is_jit_tracing()
-        # make_fx, fake tensors and users' own modes; there is no public name for it
+        # make_fx, fake tensors and users' own dispatch modes; PyTorch has no public name for this
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
 def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace` records."""
+    """Whether `torch.jit.trace` is recording."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

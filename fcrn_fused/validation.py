@@ -1,4 +1,4 @@
-"""Checks of what the public functions are given; all of them raise before anything is computed."""
+"""Argument checks of the public functions. All of them raise before anything is computed."""
 
 from __future__ import annotations
 
@@ -13,49 +13,40 @@ from .reductions import DIVISORS, MASKED_REDUCTIONS
 
 BACKENDS = ("auto", "fused", "reference")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Known by name: their modules take long to import, and a program without them needs neither.
+# Compared by name, because importing their modules takes long.
 _UNSUPPORTED_SUBCLASSES = {
-    "DTensor": "pass its to_local(), and add up what the loss is divided by over the ranks",
-    "MaskedTensor": "pass its get_data(), and its get_mask() as weight",
+    "DTensor": "pass to_local(), and sum the divisor of the loss over the ranks",
+    "MaskedTensor": "pass get_data(), and get_mask() as weight",
 }
 
 
 class Rule(NamedTuple):
-    """By what the loss is computed, checked, in the order in which it is passed on."""
+    """The settings of a loss, in the order in which `FCRNLossFunction` takes them."""
 
-    negative_weight: float | Tensor  # a number, or a 0-dim tensor
+    negative_weight: float | Tensor  # a number or a 0-dim tensor
     positive_weight: float
-    coord_weight: float | tuple[float, ...] | Tensor  # one for all pose maps, or one for each
+    coord_weight: float | Sequence[float] | Tensor  # one for all pose maps, or one for each
     ignore_value: float | None
     reduction: str
-    weight: Tensor | None = None  # of each element, broadcast to pred
-    positive: Tensor | None = None  # which cells are, broadcast to (B, 1, *S)
-    has_kinds: bool = True  # of cells; False: `masked_mse_loss`, whose elements are all alike
+    weight: Tensor | None = None  # broadcasts to pred
+    positive: Tensor | None = None  # which cells are positive, broadcasts to (B, 1, *S)
+    has_kinds: bool = True  # False for `masked_mse_loss`, which has no kinds of cells
 
 
-def make_rule(
-    negative_weight: float | Tensor,
-    positive_weight: float,
-    coord_weight: float | Sequence[float] | Tensor,
-    ignore_value: float | None,
-    reduction: str,
-    weight: Tensor | None = None,
-    positive: Tensor | None = None,
-) -> Rule:
-    """The arguments of `fcrn_loss` as a `Rule`; numbers of any type become Python floats.
+def checked(rule: Rule) -> Rule:
+    """The rule with numbers of any type as Python floats; `check` checks its tensors.
 
     Raises:
         TypeError: a weight or `ignore_value` is not a number.
-        ValueError: a weight, `ignore_value` or `reduction` does not fit.
+        ValueError: a weight, `ignore_value` or `reduction` is not valid.
     """
     return Rule(
-        check_negative_weight(negative_weight),
-        check_weight("positive_weight", positive_weight),
-        check_coord_weight(coord_weight),
-        check_ignore_value(ignore_value),
-        check_reduction(reduction),
-        weight,
-        positive,
+        check_negative_weight(rule.negative_weight),
+        check_weight("positive_weight", rule.positive_weight),
+        check_coord_weight(rule.coord_weight),
+        check_ignore_value(rule.ignore_value),
+        check_reduction(rule.reduction),
+        *rule[5:],
     )
 
 
@@ -66,15 +57,15 @@ def make_masked_rule(weight: Tensor | None, reduction: str) -> Rule:
 
 
 def check(pred: Tensor, target: Tensor, rule: Rule) -> None:
-    """Check `pred` and `target`, and what depends on them.
+    """Check `pred` and `target`, and the tensors and number of weights of `rule` against them.
 
     Raises:
         TypeError: `pred`, `target`, `weight` or `positive` is not a tensor.
-        ValueError: a shape, dtype, layout, device or number of weights does not fit, or a weight
+        ValueError: a shape, dtype, layout, device or number of weights does not match, or a weight
             requires grad.
     """
-    _check_maps("pred", pred)
-    _check_maps("target", target)
+    _check_tensor("pred", pred)
+    _check_tensor("target", target)
     shape, device = pred.shape, pred.device
     if shape != target.shape:
         raise ValueError(
@@ -88,9 +79,9 @@ def check(pred: Tensor, target: Tensor, rule: Rule) -> None:
     if device != target.device:
         raise ValueError(f"target must be on the device of pred, {device}, got {target.device}")
     if rule.weight is not None:
-        _check_given("weight", rule.weight, pred, shape, (torch.bool, *_FLOATING))
+        _check_broadcast("weight", rule.weight, pred, shape, (torch.bool, *_FLOATING))
     if rule.positive is not None:
-        _check_given("positive", rule.positive, pred, (shape[0], 1, *shape[2:]), (torch.bool,))
+        _check_broadcast("positive", rule.positive, pred, (shape[0], 1, *shape[2:]), (torch.bool,))
     negative_weight, coord_weight = rule.negative_weight, rule.coord_weight
     if isinstance(negative_weight, Tensor):
         _check_weight_tensor("negative_weight", negative_weight, device)
@@ -112,7 +103,7 @@ def check(pred: Tensor, target: Tensor, rule: Rule) -> None:
 
 
 def check_negative_weight(weight: float | Tensor) -> float | Tensor:
-    """A number as `check_weight` takes it, or a 0-dim floating tensor without grad."""
+    """A finite number >= 0, or a 0-dim floating-point tensor that does not require grad."""
     if not isinstance(weight, Tensor):
         return check_weight("negative_weight", weight)
     if weight.dim() != 0:
@@ -125,7 +116,7 @@ def check_negative_weight(weight: float | Tensor) -> float | Tensor:
 def check_coord_weight(
     weight: float | Sequence[float] | Tensor,
 ) -> float | tuple[float, ...] | Tensor:
-    """A number, a sequence or array of numbers, or a floating tensor of shape () or (C - 1,)."""
+    """A number, a sequence or array of numbers, or a floating-point tensor, () or (C - 1,)."""
     if isinstance(weight, float):
         return check_weight("coord_weight", weight)
     if isinstance(weight, Tensor):
@@ -142,7 +133,7 @@ def check_coord_weight(
 
 
 def check_weight(name: str, weight: float) -> float:
-    """A number that is finite and not negative.
+    """A finite number that is not negative, as a float.
 
     Raises:
         TypeError: not a number.
@@ -156,37 +147,36 @@ def check_weight(name: str, weight: float) -> float:
 
 
 def check_ignore_value(ignore_value: float | None) -> float | None:
-    """The target confidence of cells to ignore: any number but NaN, or None.
+    """Any number except NaN, as a float, or None.
 
     Raises:
         TypeError: not a number.
-        ValueError: NaN, which no target confidence is equal to.
+        ValueError: NaN.
     """
     if ignore_value is None:
         return None
     if type(ignore_value) is not float:
         ignore_value = _as_float("ignore_value", ignore_value)
     if ignore_value != ignore_value:
-        raise ValueError("ignore_value must not be NaN (nothing is equal to nan), got nan")
+        raise ValueError("ignore_value must not be NaN (no confidence equals NaN), got nan")
     return ignore_value
 
 
 def check_reduction(reduction: str, names: Collection[str] = DIVISORS) -> str:
-    """Raises ValueError for anything but `names`."""
+    """Raises ValueError unless `reduction` is one of `names`."""
     if reduction not in names:
         raise ValueError(f"reduction must be one of {', '.join(names)}, got {reduction!r}")
     return reduction
 
 
 def check_backend(backend: str) -> str:
-    """Raises ValueError for anything but the names in `BACKENDS`."""
+    """Raises ValueError unless `backend` is one of `BACKENDS`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend
 
 
-def _check_maps(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATING) -> None:
-    """What `pred`, `target`, `weight` and `positive` must be, each for itself."""
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATING) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if remedy := _UNSUPPORTED_SUBCLASSES.get(type(tensor).__name__):
@@ -203,47 +193,46 @@ def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _F
         raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
 
 
-def _check_given(
-    name: str, given: Tensor, pred: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...]
+def _check_broadcast(
+    name: str, tensor: Tensor, pred: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """A tensor that is broadcast to `shape`, by dimensions of 1 alone; a weight may be 0-dim."""
-    _check_maps(name, given, dtypes)
-    if given.requires_grad:
-        raise ValueError(
-            f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"
-        )
-    is_number = name == "weight" and given.dim() == 0
-    if given.device != pred.device and not (is_number and given.device.type == "cpu"):
-        raise ValueError(f"{name} must be on the device of pred, {pred.device}, got {given.device}")
-    if is_number:
-        return
-    fits = given.dim() == len(shape) and all(
-        size in (1, wanted) for size, wanted in zip(given.shape, shape, strict=True)
+    """A constant with the dimensions of `shape`, each of that size or 1; a weight may be 0-dim."""
+    _check_tensor(name, tensor, dtypes)
+    is_number = name == "weight" and tensor.dim() == 0
+    _check_constant(name, tensor, pred.device, may_be_on_cpu=is_number)
+    fits = tensor.dim() == len(shape) and all(
+        size in (1, wanted) for size, wanted in zip(tensor.shape, shape, strict=True)
     )
-    if not fits:
-        hint = "; unsqueeze() the dimensions that are missing" if given.dim() < len(shape) else ""
+    if not (fits or is_number):
+        hint = "; unsqueeze() the dimensions that are missing" if tensor.dim() < len(shape) else ""
         raise ValueError(
-            f"{name} must have as many dimensions as pred, each of 1 or of the size in "
-            f"{tuple(shape)}, got shape {tuple(given.shape)}{hint}"
+            f"{name} must have as many dimensions as pred, each of size 1 or as in "
+            f"{tuple(shape)}, got shape {tuple(tensor.shape)}{hint}"
         )
 
 
 def _check_weight_tensor(name: str, weight: Tensor, device: torch.device | None = None) -> Tensor:
-    """Any shape; `device` is that of `pred`, where it is known."""
     _check_dtype(name, weight)
-    if weight.requires_grad:
-        raise ValueError(
-            f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"
-        )
-    if device is not None and weight.device != device and weight.device.type != "cpu":
-        raise ValueError(
-            f"{name} must be on the device of pred, {device}, or on the CPU, got {weight.device}"
-        )
+    _check_constant(name, weight, device)
     return weight
 
 
+def _check_constant(
+    name: str, tensor: Tensor, device: torch.device | None = None, *, may_be_on_cpu: bool = True
+) -> None:
+    """`device` is that of `pred`, or None while it is not known."""
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} is a constant and must not require grad, got requires_grad=True; detach() it"
+        )
+    if device in (None, tensor.device) or (may_be_on_cpu and tensor.device.type == "cpu"):
+        return
+    wanted = f"on the device of pred, {device}{', or on the CPU' if may_be_on_cpu else ''}"
+    raise ValueError(f"{name} must be {wanted}, got {tensor.device}")
+
+
 def _as_float(name: str, value: Any) -> float:
-    """A number of another type than float: an int, a Fraction, a NumPy scalar or 0-d array."""
+    """Convert an int, a Fraction, a NumPy scalar, a 0-d array or another number."""
     is_number = hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
     if not is_number or isinstance(value, (str, bytes, Tensor)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -49,7 +49,7 @@ ENTRANCES: list[Callable[..., Any]] = [
     through_module,
 ]
 each_entrance = pytest.mark.parametrize("call", ENTRANCES, ids=lambda call: call.__name__)
-pytestmark = pytest.mark.filterwarnings("ignore:fcrn_loss runs in plain PyTorch")
+pytestmark = pytest.mark.filterwarnings("ignore:fcrn_fused falls back to plain PyTorch")
 
 
 def refused(

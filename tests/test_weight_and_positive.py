@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fcrn_fused
 from fcrn_fused import ops
-from fcrn_fused.validation import make_masked_rule, make_rule
+from fcrn_fused.validation import Rule, make_masked_rule
 
 SHAPE = (2, 3, 4, 5)
 SETTINGS = {"negative_weight": 0.3, "coord_weight": 1.5, "ignore_value": -1.0}
@@ -549,7 +549,7 @@ def test_opcheck(
 ) -> None:
     inputs = make_inputs(requires_grad=requires_grad, device=fused.device, **weight)
     if name == "fcrn_loss":
-        rule = make_rule(0.3, 1.3, 0.5, -1.0, reduction, *inputs[2:])
+        rule = Rule(0.3, 1.3, 0.5, -1.0, reduction, *inputs[2:])
     else:
         rule = make_masked_rule(inputs.weight, reduction)
     arguments = ops.op_arguments(inputs.pred, rule)

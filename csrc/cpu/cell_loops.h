@@ -1,13 +1,12 @@
-// The loops over the cells of a chunk, around the arithmetic of cell_loss.h. Compiled once for each
-// instruction set, in a namespace of its own: define FCRN_INSTRUCTION_SET before including this.
+// The loops over the cells of a chunk, with the arithmetic of cell_loss.h. They are compiled once
+// for each instruction set, whose namespace FCRN_INSTRUCTION_SET names.
 //
-// A block of 16 cells, one cache line of float32, is the unit of everything: where the pose of none
-// of its cells counts, the pose maps are not read at all. A block is computed in vectors of the
-// machine's width. Errors are added up in 16 lanes, for at most 8 blocks in the accumulator's type
-// and from there on in double; the lanes are added in order at the end.
+// Cells are processed in blocks of 16, one cache line of float32. The pose maps of a block are read
+// only if the pose of one of its cells counts. Errors are summed in 16 lanes, up to 8 blocks in the
+// type of the arithmetic and then in double; the lanes are added in a fixed order at the end.
 //
-// What is written goes through a row, a map of a chunk, that stays in the first-level cache: the
-// loops have no branch that depends on where the positive cells are, and memory sees whole rows.
+// Results are collected in a row, one map of a chunk, which stays in the L1 cache, and then written
+// at once. Only the list of blocks to process depends on where the positive cells are.
 #pragma once
 
 #include <cstring>
@@ -25,7 +24,7 @@ namespace {  // NOLINT(*-anonymous-namespace-in-header,cert-dcl59-cpp): see abov
 constexpr int kBlock = 16;
 constexpr int kChunkBlocks = kChunkCells / kBlock;
 constexpr int kBlocksBetweenFlushes = 8;
-constexpr int kBlocksAhead = 16;  // asked for while one is computed
+constexpr int kBlocksAhead = 16;  // to prefetch
 
 // ---- vectors ------------------------------------------------------------------------------------
 
@@ -68,7 +67,7 @@ inline PassConstants<Vector<Acc>> splat(const PassConstants<Acc>& constants) {
           splat(constants.positive)};
 }
 
-// Which lanes of the vector at `lane` of a block belong to its first `size` cells.
+// The mask of the lanes that are among the first `size` cells of a block; the vector is at `lane`.
 template <typename Acc>
 inline auto is_inside(int lane, int size) {
   Vector<Acc> lanes;
@@ -76,7 +75,7 @@ inline auto is_inside(int lane, int size) {
   return lanes < splat(static_cast<Acc>(size - lane));
 }
 
-// The lanes that are set in a mask, as bits.
+// A mask as bits, one for each lane.
 template <typename Mask>
 inline uint32_t bits_of(Mask mask) {
 #if defined(FCRN_AVX2)
@@ -94,8 +93,8 @@ inline uint32_t bits_of(Mask mask) {
 
 // ---- memory -------------------------------------------------------------------------------------
 
-// A vector of elements in the type of the arithmetic. GCC vectorises the conversions of single
-// elements, but no longer where they are inlined into the loops: those used most are written out.
+// Loads a vector and converts it to the type of the arithmetic. The most frequent conversions use
+// intrinsics, because GCC does not vectorise scalar ones that are inlined into the loops.
 template <typename Acc, typename T>
 inline Vector<Acc> load(const T* from) {
   constexpr bool is_float = DTypeOf<Acc>::value == DType::float32;
@@ -124,7 +123,6 @@ inline Vector<Acc> load(const T* from) {
   return values;
 }
 
-// The other way round.
 template <typename Acc, typename T>
 inline void store(T* to, Vector<Acc> values) {
   constexpr bool is_float = DTypeOf<Acc>::value == DType::float32;
@@ -145,7 +143,7 @@ inline void store(T* to, Vector<Acc> values) {
   }
 }
 
-// The cells of a block, where they lie if it is a whole one, else in `padded`: followed by zeros.
+// The cells of a block: in place if it is a whole one, else in `padded`, followed by zeros.
 template <typename T>
 inline const T* block_of(const T* from, int size, T (&padded)[kBlock]) {
   if (size == kBlock) return from;
@@ -155,7 +153,7 @@ inline const T* block_of(const T* from, int size, T (&padded)[kBlock]) {
 }
 
 #if defined(__x86_64__)
-// Writes a cache line past the caches.
+// Writes a cache line, bypassing the caches.
 inline void stream_line(char* to, const char* from) {
 #if defined(FCRN_AVX2)
   for (int i = 0; i < 64; i += 32) {
@@ -171,7 +169,7 @@ inline void stream_line(char* to, const char* from) {
 }
 #endif
 
-// Copies a row to where it is wanted, past the caches if asked.
+// Copies a row to its place, bypassing the caches if `stream`.
 inline void store_row(void* to, const void* row, int64_t bytes, [[maybe_unused]] bool stream) {
   auto* out = static_cast<char*>(to);
   const auto* in = static_cast<const char*>(row);
@@ -192,17 +190,16 @@ inline void store_row(void* to, const void* row, int64_t bytes, [[maybe_unused]]
 
 // ---- sums ---------------------------------------------------------------------------------------
 
-// Errors of a few blocks, by lanes.
+// The sums of a few blocks, by lane.
 template <typename Acc>
 using BlockErrors = Vector<Acc>[kBlock / kLanes<Acc>];
 
-// Errors of one kind, by lanes.
+// The sums of a chunk, by lane.
 struct LaneSums {
   alignas(64) double lanes[kBlock] = {};
 
-  // Takes over what came together in a few blocks.
   template <typename V, size_t kVectors>
-  void take(V (&errors)[kVectors]) {
+  void add_and_clear(V (&errors)[kVectors]) {
     alignas(64) decltype(errors[0][0] + 0) recent[kBlock];
     memcpy(recent, errors, sizeof(recent));
     for (int i = 0; i < kBlock; ++i) lanes[i] += recent[i];
@@ -224,10 +221,9 @@ struct CellSums {
 
 // ---- the loops ----------------------------------------------------------------------------------
 
-// Everything about a pass that the loops want at hand, in the types they work with. kGiven: the
-// caller gave weights or kinds, or there are no kinds; the loops that know of none of these are
-// faster by half.
-template <typename Acc, typename Pred, typename Target, bool kGiven>
+// The loops for one combination of dtypes. kGeneral is false if the kinds follow from the
+// confidence and there is no tensor of weights; these loops are faster by half.
+template <typename Acc, typename Pred, typename Target, bool kGeneral>
 class Loops {
   class ConfidenceBlocks;
 
@@ -242,39 +238,40 @@ class Loops {
         grad_is_interleaved_(plan.pass.grad && plan.pass.grad.is_interleaved(plan.pass.grid)),
         stream_(plan.stream) {}
 
-  // Cells [begin, end) of an image, all tensors planar: first the confidences, then map by map.
+  // Cells [begin, end) of an image, if all tensors are planar: the confidences, then map by map.
   void planar(int64_t image, int64_t begin, int64_t end, CellSums& sums) const {
     const int64_t count = end - begin, pose_maps = pass_.num_pose_maps();
-    Rows rows;
-    if (kGiven && pass_.positive) {
-      rows.positives = row_of(pass_.positive, 1, image, begin, count, rows.converted_positives);
+    ChunkBuffers buffers;
+    if (kGeneral && pass_.positive) {
+      buffers.positives =
+          row_of(pass_.positive, 1, image, begin, count, buffers.converted_positives);
     }
-    if (kGiven && weight_is_per_cell_) {
-      rows.weights =
-          row_of(pass_.weight, pass_.weight_repeat, image, begin, count, rows.converted_weights);
+    if (kGeneral && weight_is_per_cell_) {
+      buffers.weights =
+          row_of(pass_.weight, pass_.weight_repeat, image, begin, count, buffers.converted_weights);
     }
     if (has_kinds()) {
-      confidences(image, begin, count, rows, sums);
-      store_rows(image, pose_maps, begin, count, rows);
+      confidences(image, begin, count, buffers, sums);
+      store_rows(image, pose_maps, begin, count, buffers);
     } else {
-      list_blocks(count, rows);
+      list_blocks(count, buffers);
     }
-    // Where no pose counts the rows stay zero; elsewhere each map overwrites the one before.
-    memset(rows.grads, 0, count * sizeof(Pred));
-    if (per_element_error_) memset(rows.errors, 0, count * sizeof(Acc));
+    // Blocks whose pose is masked stay zero; each map overwrites the others.
+    memset(buffers.grads, 0, count * sizeof(Pred));
+    if (per_element_error_) memset(buffers.errors, 0, count * sizeof(Acc));
     for (int64_t map = 0; map < pose_maps; ++map) {
-      pose(image, map, begin, count, rows, sums);
-      store_rows(image, map, begin, count, rows);
+      pose_map(image, map, begin, count, buffers, sums);
+      store_rows(image, map, begin, count, buffers);
     }
     if (per_cell_error_) {
       const auto divisor = static_cast<Acc>(pass_.divisor);
-      for (int64_t i = 0; i < count; ++i) rows.cell_errors[i] /= divisor;
-      store_row(place<Acc>(pass_.errors, image, 0, begin), rows.cell_errors, count * sizeof(Acc),
+      for (int64_t i = 0; i < count; ++i) buffers.cell_errors[i] /= divisor;
+      store_row(place<Acc>(pass_.errors, image, 0, begin), buffers.cell_errors, count * sizeof(Acc),
                 stream_);
     }
   }
 
-  // Cells [begin, end) of an image, any strides: confidences by blocks, poses cell by cell.
+  // Cells [begin, end) of an image, for any strides: confidences by block, poses by cell.
   void strided(int64_t image, int64_t begin, int64_t end, CellSums& sums) const {
     ConfidenceBlocks blocks(*this);
     for (int64_t cell = begin; cell < end; cell += kBlock) {
@@ -294,27 +291,25 @@ class Loops {
     return view ? static_cast<T*>(view.data) + view.cell_offset(pass_.grid, image, cell) : nullptr;
   }
 
-  bool has_kinds() const { return !kGiven || pass_.has_kinds; }
+  bool has_kinds() const { return !kGeneral || pass_.has_kinds; }
 
   ElementWeight<Acc> pose_weight(int64_t map) const {
     return ElementWeight<Acc>::of(pass_.coord_weights.value(map), constants_.dloss_derror);
   }
 
-  // What is known of a chunk: its blocks whose pose counts, what the caller says of its cells, and
-  // one map of the results.
-  struct Rows {
+  // The blocks of a chunk whose pose counts, its `weight` and `positive`, and a row of results.
+  struct ChunkBuffers {
     int num_pose_blocks = 0;
-    int pose_blocks[kChunkBlocks];  // their first cells, counted from the chunk's
-    const Acc* weights;             // where they are the same for all maps
+    int pose_blocks[kChunkBlocks];  // their first cells, relative to the chunk's
+    const Acc* weights;             // if they are the same for all maps
     const Acc* positives;           // 1 or 0
     alignas(64) Acc converted_weights[kChunkCells], converted_positives[kChunkCells];
     alignas(64) Pred grads[kChunkCells];
     alignas(64) Acc errors[kChunkCells];
-    alignas(64) Acc cell_errors[kChunkCells];  // added up over the maps
+    alignas(64) Acc cell_errors[kChunkCells];  // summed over the maps
   };
 
-  // The caller's weights and kinds, of any dtype and stride, in the type of the arithmetic: `size`
-  // cells and zeros to the end of the block.
+  // Converts `size` cells of `weight` or `positive` and fills the rest of the block with zeros.
   template <typename T>
   static void convert(const T* from, int64_t stride, int size, Acc* to) {
     if (stride == 1 && size == kBlock) {
@@ -329,21 +324,12 @@ class Loops {
                             int size, Acc* to) {
     const int64_t stride = view.cell_strides[0];
     const int64_t first = image * view.image_stride + map * view.map_stride + cell * stride;
-    switch (view.dtype) {
-      case DType::float64:
-        return convert(static_cast<const double*>(view.data) + first, stride, size, to);
-      case DType::float32:
-        return convert(static_cast<const float*>(view.data) + first, stride, size, to);
-      case DType::float16:
-        return convert(static_cast<const Half*>(view.data) + first, stride, size, to);
-      case DType::bfloat16:
-        return convert(static_cast<const BFloat16*>(view.data) + first, stride, size, to);
-      case DType::boolean:
-        return convert(static_cast<const Bool*>(view.data) + first, stride, size, to);
-    }
+    visit_element(view.dtype, [&](auto element) {
+      convert(static_cast<const decltype(element)*>(view.data) + first, stride, size, to);
+    });
   }
 
-  // The same of a chunk, where it lies or in `row`; `repeat` cells share an element.
+  // A row of `weight` or `positive`, in place or converted into `row`.
   static const Acc* row_of(const TensorView& view, int64_t repeat, int64_t image, int64_t begin,
                            int64_t count, Acc* row) {
     const int64_t stride = view.cell_strides[0];
@@ -369,12 +355,11 @@ class Loops {
     return row;
   }
 
-  // The caller's weights of a block, `at` cells from the chunk's first, `begin`; null: there are
-  // none.
+  // The tensor `weight` in a block, `at` cells after the chunk's first, `begin`; null if absent.
   const Acc* weights(int64_t image, int64_t map, int64_t begin, int64_t at, int size,
-                     const Rows& rows, Acc (&converted)[kBlock]) const {
-    if (!kGiven || !pass_.weight) return nullptr;
-    if (weight_is_per_cell_) return rows.weights + at;
+                     const ChunkBuffers& buffers, Acc (&converted)[kBlock]) const {
+    if (!kGeneral || !pass_.weight) return nullptr;
+    if (weight_is_per_cell_) return buffers.weights + at;
     if (pass_.weight.dtype == DTypeOf<Acc>::value && pass_.weight.cell_strides[0] == 1 &&
         size == kBlock) {
       return place<const Acc>(pass_.weight, image, map, begin + at);
@@ -383,23 +368,23 @@ class Loops {
     return converted;
   }
 
-  // What the caller says of a block's kinds; null: nothing.
-  const Acc* positives(const Rows& rows, int64_t at) const {
-    return kGiven && pass_.positive ? rows.positives + at : nullptr;
+  // The tensor `positive` in a block; null if absent.
+  const Acc* positives(const ChunkBuffers& buffers, int64_t at) const {
+    return kGeneral && pass_.positive ? buffers.positives + at : nullptr;
   }
 
-  // The kinds of the cells of a vector. `positives`, if not null, are those that the caller gave.
+  // The kinds of the cells of a vector.
   template <typename V>
   static auto kinds_of(const PassConstants<V>& constants, const Target* confidences,
                        const Acc* positives) {
     const V confidence = load<Acc>(confidences);
-    if (kGiven && positives) return kind_of(constants, confidence, load<Acc>(positives) != V{});
+    if (kGeneral && positives) return kind_of(constants, confidence, load<Acc>(positives) != V{});
     return kind_of(constants, confidence);
   }
 
   static int block_size(int64_t left) { return left < kBlock ? static_cast<int>(left) : kBlock; }
 
-  // The arithmetic of blocks of confidences, with what it needs at hand, and their errors by kind.
+  // Computes blocks of confidences and sums their errors by kind.
   class ConfidenceBlocks {
     using V = Vector<Acc>;
 
@@ -407,8 +392,8 @@ class Loops {
     explicit ConfidenceBlocks(const Loops& loops)
         : constants_(splat(loops.constants_)), weight_is_per_cell_(loops.weight_is_per_cell_) {}
 
-    // Gradients and, if wanted, errors of a block's first `size` cells; those whose pose counts, as
-    // bits. `scale`, if not null, is what the gradients are multiplied by.
+    // Writes the gradients and, if wanted, the errors of the first `size` cells of a block. Returns
+    // the cells whose pose counts, as bits. `scale`, if not null, is grad_output by cell.
     uint32_t compute(const Pred* pred, const Target* target, const Target* kinds,
                      const Acc* positives, const Acc* weights, const Acc* scale, int size,
                      Pred* grads, Acc* errors, CellSums& sums) {
@@ -418,7 +403,7 @@ class Loops {
         auto counted = kind.counted & is_inside<Acc>(i, size);
         auto weight = confidence_weight(constants_, kind);
         if (scale) weight.coefficient *= load<Acc>(scale + i);
-        if (kGiven && weights) apply_weight(load<Acc>(weights + i), weight, counted);
+        if (kGeneral && weights) apply_weight(load<Acc>(weights + i), weight, counted);
         const auto [error, grad] =
             element(counted, weight, load<Acc>(pred + i) - load<Acc>(target + i));
         store<Acc>(grads + i, grad);
@@ -428,7 +413,7 @@ class Loops {
         const uint32_t positive = bits_of(kind.positive & counted) << i;
         positive_cells |= positive;
         pose_cells |=
-            kGiven && weights && !weight_is_per_cell_ ? bits_of(kind.positive) << i : positive;
+            kGeneral && weights && !weight_is_per_cell_ ? bits_of(kind.positive) << i : positive;
       }
       sums.num_positive += __builtin_popcount(positive_cells);
       if (++num_blocks_ % kBlocksBetweenFlushes == 0) flush(sums);
@@ -436,8 +421,8 @@ class Loops {
     }
 
     void flush(CellSums& sums) {
-      sums.positive_conf.take(positive_errors_);
-      sums.negative_conf.take(negative_errors_);
+      sums.positive_conf.add_and_clear(positive_errors_);
+      sums.negative_conf.add_and_clear(negative_errors_);
     }
 
    private:
@@ -447,25 +432,28 @@ class Loops {
     int num_blocks_ = 0;
   };
 
-  // Without kinds: lists the blocks that have an element which counts.
-  void list_blocks(int64_t count, Rows& rows) const {
+  // Without kinds: lists the blocks that have an element whose weight is not 0.
+  void list_blocks(int64_t count, ChunkBuffers& buffers) const {
     for (int64_t at = 0; at < count; at += kBlock) {
       uint32_t counted = weight_is_per_cell_ ? 0 : 1;
       for (int i = 0; weight_is_per_cell_ && i < kBlock; i += kLanes<Acc>) {
-        counted |= bits_of(load<Acc>(rows.weights + at + i) != Vector<Acc>{});
+        counted |= bits_of(load<Acc>(buffers.weights + at + i) != Vector<Acc>{});
       }
-      rows.pose_blocks[rows.num_pose_blocks] = static_cast<int>(at);
-      rows.num_pose_blocks += counted != 0;
+      buffers.pose_blocks[buffers.num_pose_blocks] = static_cast<int>(at);
+      buffers.num_pose_blocks += counted != 0;
     }
   }
 
-  // Confidences of `count` cells: lists the blocks that have a positive cell.
-  void confidences(int64_t image, int64_t begin, int64_t count, Rows& rows, CellSums& sums) const {
+  // Computes the confidences of `count` cells and lists the blocks that have a positive cell.
+  void confidences(int64_t image, int64_t begin, int64_t count, ChunkBuffers& buffers,
+                   CellSums& sums) const {
     const int64_t map = pass_.grid.maps - 1;
     const Pred* preds = place<const Pred>(pass_.pred, image, map, begin);
     const Target* targets = place<const Target>(pass_.target, image, map, begin);
     const Target* kinds = place<const Target>(pass_.kinds, image, 0, begin);
-    Acc* errors = per_element_error_ ? rows.errors : per_cell_error_ ? rows.cell_errors : nullptr;
+    Acc* errors = per_element_error_ ? buffers.errors
+                  : per_cell_error_  ? buffers.cell_errors
+                                     : nullptr;
     Pred padded_pred[kBlock];
     Target padded_target[kBlock], padded_kinds[kBlock];
     Acc padded_scale[kBlock], converted_weights[kBlock];
@@ -474,31 +462,31 @@ class Loops {
       const int size = block_size(count - at);
       const uint32_t pose_cells = blocks.compute(
           block_of(preds + at, size, padded_pred), block_of(targets + at, size, padded_target),
-          block_of(kinds + at, size, padded_kinds), positives(rows, at),
-          weights(image, map, begin, at, size, rows, converted_weights),
-          scales(image, map, begin + at, size, padded_scale), size, rows.grads + at,
+          block_of(kinds + at, size, padded_kinds), positives(buffers, at),
+          weights(image, map, begin, at, size, buffers, converted_weights),
+          scales(image, map, begin + at, size, padded_scale), size, buffers.grads + at,
           errors ? errors + at : nullptr, sums);
-      rows.pose_blocks[rows.num_pose_blocks] = static_cast<int>(at);
-      rows.num_pose_blocks += pose_cells != 0;
+      buffers.pose_blocks[buffers.num_pose_blocks] = static_cast<int>(at);
+      buffers.num_pose_blocks += pose_cells != 0;
     }
     blocks.flush(sums);
   }
 
-  // Asks for what the block that comes a few later will read, in this map or in the next. Always
-  // inlined: GCC 12 takes a call that does nothing but prefetch for one without an effect.
-  __attribute__((always_inline)) void ask_ahead(const Rows& rows, int block, const Pred* preds,
-                                                const Target* targets) const {
-    const int ahead = block + kBlocksAhead, beyond = ahead - rows.num_pose_blocks;
+  // Prefetches a block a few further on, in this map or in the next. Always inlined, because GCC 12
+  // drops a call that does nothing but prefetch.
+  __attribute__((always_inline)) void prefetch(const ChunkBuffers& buffers, int block,
+                                               const Pred* preds, const Target* targets) const {
+    const int ahead = block + kBlocksAhead, beyond = ahead - buffers.num_pose_blocks;
     const bool in_next_map = beyond >= 0;
     const int in_next = beyond < block ? beyond : block;
-    const int at = rows.pose_blocks[in_next_map ? in_next : ahead];
+    const int at = buffers.pose_blocks[in_next_map ? in_next : ahead];
     __builtin_prefetch(preds + at + (in_next_map ? pass_.pred.map_stride : 0));
     __builtin_prefetch(targets + at + (in_next_map ? pass_.target.map_stride : 0));
   }
 
-  // One pose map of the blocks that are listed.
-  void pose(int64_t image, int64_t map, int64_t begin, int64_t count, Rows& rows,
-            CellSums& sums) const {
+  // Computes one pose map of the listed blocks.
+  void pose_map(int64_t image, int64_t map, int64_t begin, int64_t count, ChunkBuffers& buffers,
+                CellSums& sums) const {
     using V = Vector<Acc>;
     const ElementWeight<V> weight = splat(pose_weight(map));
     const PassConstants<V> constants = splat(constants_);
@@ -510,9 +498,9 @@ class Loops {
     Target padded_target[kBlock], padded_kinds[kBlock];
     Acc padded_scale[kBlock], converted_weights[kBlock];
     BlockErrors<Acc> errors = {};
-    const bool by_kind = has_kinds(), weighted = kGiven && pass_.weight;
-    // Computes a block; kPlain: a whole one, of a pass that neither writes errors nor has a
-    // grad_output for each cell. What is tested for each vector otherwise costs a third.
+    const bool by_kind = has_kinds(), weighted = kGeneral && pass_.weight;
+    // kPlain: the block is a whole one, no errors are written, and grad_output does not differ from
+    // cell to cell. Testing for these in each vector would cost a third of the time.
     const auto compute = [&](auto plain, int64_t at, int size) {
       constexpr bool kPlain = decltype(plain)::value;
       const Pred* pred = kPlain ? preds + at : block_of(preds + at, size, padded_pred);
@@ -520,9 +508,9 @@ class Loops {
       const Target* kinds = !by_kind ? nullptr
                             : kPlain ? all_kinds + at
                                      : block_of(all_kinds + at, size, padded_kinds);
-      const Acc* positive = by_kind ? positives(rows, at) : nullptr;
+      const Acc* positive = by_kind ? positives(buffers, at) : nullptr;
       const Acc* given =
-          weighted ? weights(image, map, begin, at, size, rows, converted_weights) : nullptr;
+          weighted ? weights(image, map, begin, at, size, buffers, converted_weights) : nullptr;
       const Acc* scale = kPlain ? nullptr : scales(image, map, begin + at, size, padded_scale);
       for (int i = 0; i < kBlock; i += kLanes<Acc>) {
         decltype(V{} < V{}) counted;
@@ -536,20 +524,20 @@ class Loops {
         if (weighted) apply_weight(load<Acc>(given + i), scaled, counted);
         const auto [error, grad] =
             element(counted, scaled, load<Acc>(pred + i) - load<Acc>(target + i));
-        store<Acc>(rows.grads + at + i, grad);
+        store<Acc>(buffers.grads + at + i, grad);
         errors[i / kLanes<Acc>] += error;
-        if (!kPlain && per_element_error_) store<Acc>(rows.errors + at + i, error);
+        if (!kPlain && per_element_error_) store<Acc>(buffers.errors + at + i, error);
         if (!kPlain && per_cell_error_) {
-          Acc* sum = rows.cell_errors + at + i;
+          Acc* sum = buffers.cell_errors + at + i;
           store<Acc>(sum, load<Acc>(sum) + error);
         }
       }
     };
     const bool is_plain = !per_cell_ && !per_element_error_ && !per_cell_error_;
-    const int num_blocks = rows.num_pose_blocks;
+    const int num_blocks = buffers.num_pose_blocks;
     for (int block = 0; block < num_blocks; ++block) {
-      ask_ahead(rows, block, preds, targets);
-      const int64_t at = rows.pose_blocks[block];
+      prefetch(buffers, block, preds, targets);
+      const int64_t at = buffers.pose_blocks[block];
       const int size = block_size(count - at);
       if (is_plain && size == kBlock) {
         compute(std::true_type{}, at, kBlock);
@@ -557,37 +545,37 @@ class Loops {
         compute(std::false_type{}, at, size);
       }
       if ((block + 1) % kBlocksBetweenFlushes == 0 || block + 1 == num_blocks) {
-        sums.coord.take(errors);
+        sums.coord.add_and_clear(errors);
       }
     }
   }
 
   void store_rows(int64_t image, int64_t map, int64_t begin, int64_t count,
-                  const Rows& rows) const {
+                  const ChunkBuffers& buffers) const {
     if (per_element_error_) {
-      store_row(place<Acc>(pass_.errors, image, map, begin), rows.errors, count * sizeof(Acc),
+      store_row(place<Acc>(pass_.errors, image, map, begin), buffers.errors, count * sizeof(Acc),
                 stream_);
     }
     if (!pass_.grad) return;
     Pred* grads = place<Pred>(pass_.grad, image, map, begin);
     if (!pass_.grad_is_for_one || map >= pass_.num_pose_maps()) {
-      store_row(grads, rows.grads, count * sizeof(Pred), stream_);
+      store_row(grads, buffers.grads, count * sizeof(Pred), stream_);
       return;
     }
-    for (int block = 0; block < rows.num_pose_blocks; ++block) {
-      const int64_t at = rows.pose_blocks[block];
-      memcpy(grads + at, rows.grads + at, block_size(count - at) * sizeof(Pred));
+    for (int block = 0; block < buffers.num_pose_blocks; ++block) {
+      const int64_t at = buffers.pose_blocks[block];
+      memcpy(grads + at, buffers.grads + at, block_size(count - at) * sizeof(Pred));
     }
   }
 
-  // What the gradients of a block are multiplied by, if that differs from cell to cell, else null.
+  // grad_output in a block, if it differs from cell to cell; else null.
   const Acc* scales(int64_t image, int64_t map, int64_t cell, int size,
                     Acc (&padded)[kBlock]) const {
     if (!per_cell_) return nullptr;
     return block_of(place<const Acc>(pass_.grad_output, image, map, cell), size, padded);
   }
 
-  // The caller's weight of an element, by its cell's number in its image.
+  // Multiplies by an element of the tensor `weight`, given the cell's number in its image.
   void apply_strided_weight(int64_t image, int64_t cell, int64_t map, ElementWeight<Acc>& weight,
                             bool& counted) const {
     const TensorView& view = pass_.weight;
@@ -595,7 +583,7 @@ class Loops {
     apply_weight(load_as<Acc>(view.data, view.dtype, index), weight, counted);
   }
 
-  // The confidences of the first `size` cells from `cell` on, whatever their strides; the cells
+  // Computes the confidences of `size` cells from `cell` on, for any strides. Returns the cells
   // whose pose counts, as bits.
   uint32_t strided_confidences(int64_t image, int64_t cell, int size, Pred (&grads)[kBlock],
                                Acc (&errors)[kBlock], ConfidenceBlocks& confidences,
@@ -613,15 +601,15 @@ class Loops {
       targets[i] = at<Target>(pass_.target, image, cell + i)[map * pass_.target.map_stride];
       kinds[i] = *at<Target>(pass_.kinds, image, cell + i);
       if (per_cell_) scale[i] = element_of(pass_.grad_output, cell + i);
-      if (kGiven && pass_.positive) positives[i] = element_of(pass_.positive, cell + i);
-      if (kGiven && pass_.weight) weights[i] = element_of(pass_.weight, cell + i);
+      if (kGeneral && pass_.positive) positives[i] = element_of(pass_.positive, cell + i);
+      if (kGeneral && pass_.weight) weights[i] = element_of(pass_.weight, cell + i);
     }
     return confidences.compute(preds, targets, kinds, pass_.positive ? positives : nullptr,
                                pass_.weight ? weights : nullptr, per_cell_ ? scale : nullptr, size,
                                grads, errors, sums);
   }
 
-  // The first `size` cells from `cell` on, whatever their strides.
+  // Computes `size` cells from `cell` on, for any strides.
   void strided_block(int64_t image, int64_t cell, int size, ConfidenceBlocks& confidences,
                      CellSums& sums) const {
     const int64_t maps = pass_.grid.maps, pose_maps = pass_.num_pose_maps();
@@ -659,7 +647,7 @@ class Loops {
     }
   }
 
-  // The pose of a cell; the sum of its errors.
+  // Computes the pose of a cell. Returns the sum of its errors.
   double strided_pose(int64_t image, int64_t cell, Pred* grad, Acc* errors) const {
     const Pred* pred = at<Pred>(pass_.pred, image, cell);
     const Target* target = at<Target>(pass_.target, image, cell);
@@ -669,7 +657,7 @@ class Loops {
       bool counted = true;
       ElementWeight<Acc> weight = pose_weight(map);
       if (scale) weight.coefficient *= scale[map * pass_.grad_output.map_stride];
-      if (kGiven && pass_.weight) apply_strided_weight(image, cell, map, weight, counted);
+      if (kGeneral && pass_.weight) apply_strided_weight(image, cell, map, weight, counted);
       const Acc difference = Convert<Acc>::from(pred[map * pass_.pred.map_stride]) -
                              Convert<Acc>::from(target[map * pass_.target.map_stride]);
       const auto [error, gradient] = element(counted, weight, difference);
@@ -683,16 +671,16 @@ class Loops {
   const LossPass pass_;
   const PassConstants<Acc> constants_;
   const bool per_cell_;            // grad_output differs from cell to cell
-  const bool per_cell_error_;      // "cell"
-  const bool per_element_error_;   // "none"
-  const bool weight_is_per_cell_;  // the caller's, if there is one: it is the same for all maps
+  const bool per_cell_error_;      // reduction "cell"
+  const bool per_element_error_;   // reduction "none"
+  const bool weight_is_per_cell_;  // the tensor `weight` is the same for all maps
   const bool grad_is_interleaved_;
   const bool stream_;
 };
 
-template <typename Acc, typename Pred, typename Target, bool kGiven>
+template <typename Acc, typename Pred, typename Target, bool kGeneral>
 void run_loops(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
-  const Loops<Acc, Pred, Target, kGiven> loops(plan);
+  const Loops<Acc, Pred, Target, kGeneral> loops(plan);
   const Grid& grid = plan.pass.grid;
   const int64_t all_cells = grid.images * grid.cells;
   for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -719,66 +707,28 @@ void run_loops(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
 #endif
 }
 
-// The pairs of dtypes that training meets; the others have no loops of their own for want of a
-// weight.
+// The pairs of dtypes of usual training. The others have only general loops, to save code size.
 template <typename Pred, typename Target>
 constexpr bool is_common = DTypeOf<Pred>::value == DTypeOf<Target>::value ||
                            (DTypeOf<Target>::value == DType::float32 && sizeof(Pred) == 2);
-
-template <typename Acc, typename Pred, typename Target>
-void run_chunks_of(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
-  if constexpr (is_common<Pred, Target>) {
-    if (plan.pass.is_plain()) {
-      return run_loops<Acc, Pred, Target, false>(plan, first, last, sums);
-    }
-  }
-  run_loops<Acc, Pred, Target, true>(plan, first, last, sums);
-}
-
-template <typename Pred>
-void run_chunks_of_pred(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
-  switch (plan.pass.target.dtype) {
-    case DType::float64:
-      return run_chunks_of<double, Pred, double>(plan, first, last, sums);
-    case DType::float32:
-      if constexpr (DTypeOf<Pred>::value == DType::float64) {
-        return run_chunks_of<double, Pred, float>(plan, first, last, sums);
-      } else {
-        return run_chunks_of<float, Pred, float>(plan, first, last, sums);
-      }
-    case DType::float16:
-      if constexpr (DTypeOf<Pred>::value == DType::float64) {
-        return run_chunks_of<double, Pred, Half>(plan, first, last, sums);
-      } else {
-        return run_chunks_of<float, Pred, Half>(plan, first, last, sums);
-      }
-    case DType::bfloat16:
-      if constexpr (DTypeOf<Pred>::value == DType::float64) {
-        return run_chunks_of<double, Pred, BFloat16>(plan, first, last, sums);
-      } else {
-        return run_chunks_of<float, Pred, BFloat16>(plan, first, last, sums);
-      }
-    case DType::boolean:  // a weight's only
-      return;
-  }
-}
 
 }  // namespace
 
 // NOLINTNEXTLINE(misc-definitions-in-headers): compiled once for each instruction set
 void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums) {
-  switch (plan.pass.pred.dtype) {
-    case DType::float64:
-      return run_chunks_of_pred<double>(plan, first, last, sums);
-    case DType::float32:
-      return run_chunks_of_pred<float>(plan, first, last, sums);
-    case DType::float16:
-      return run_chunks_of_pred<Half>(plan, first, last, sums);
-    case DType::bfloat16:
-      return run_chunks_of_pred<BFloat16>(plan, first, last, sums);
-    case DType::boolean:
-      return;
-  }
+  visit_floating(plan.pass.pred.dtype, [&](auto pred) {
+    visit_floating(plan.pass.target.dtype, [&](auto target) {
+      using Pred = decltype(pred);
+      using Target = decltype(target);
+      using Acc = std::conditional_t<sizeof(Pred) == 8 || sizeof(Target) == 8, double, float>;
+      if constexpr (is_common<Pred, Target>) {
+        if (plan.pass.is_plain()) {
+          return run_loops<Acc, Pred, Target, false>(plan, first, last, sums);
+        }
+      }
+      run_loops<Acc, Pred, Target, true>(plan, first, last, sums);
+    });
+  });
 }
 
 }  // namespace fcrn::cpu::FCRN_INSTRUCTION_SET

@@ -1,3 +1,3 @@
-// The loops for every machine of the architecture compiled for.
+// The loops for all machines of the target architecture.
 #define FCRN_INSTRUCTION_SET baseline
 #include "cell_loops.h"

@@ -13,20 +13,20 @@
 namespace fcrn::cpu {
 namespace {
 
-// From this many bytes written on, a write past the caches is cheaper: a plain store reads the line
-// that it overwrites. Below, whoever reads the gradient next would find it in them, and gains more.
+// Passes that write at least this many bytes bypass the caches, which saves reading the lines that
+// are overwritten. Fewer bytes are better left in the caches for their next use.
 constexpr int64_t kStreamFromBytes = int64_t{12} << 20;
 
-// Cells worth a thread of their own.
+// The fewest cells for a thread.
 constexpr int64_t kGrainCells = 8192;
 
-// Like PyTorch's own kernels, those here keep to the baseline if ATEN_CPU_CAPABILITY says so.
+// ATEN_CPU_CAPABILITY=default disables AVX2, as in PyTorch's own kernels.
 bool has_avx2() {
 #if defined(__x86_64__)
   static const bool has = [] {
     const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
     if (capability && std::string_view(capability) == "default") return false;
-    unsigned eax, ebx, ecx = 0, edx;  // clang before 19 does not know "f16c" by name
+    unsigned eax, ebx, ecx = 0, edx;  // clang before 19 does not know the name "f16c"
     return __builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
            (ecx & bit_F16C) != 0;
   }();
@@ -43,7 +43,7 @@ RunChunks run_chunks() {
   return baseline::run_chunks;
 }
 
-// Bytes of the gradient, or else of the errors; no pass writes both.
+// Bytes of the gradient or of the errors; no pass writes both.
 int64_t bytes_written(const LossPass& pass, int64_t cells) {
   const TensorView& written = pass.grad ? pass.grad : pass.errors;
   if (!written || pass.grad_is_for_one) return 0;

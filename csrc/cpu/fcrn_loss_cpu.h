@@ -1,4 +1,4 @@
-// The CPU's pass over the cells: cut into chunks whose sums are added in order, so that the result
+// The pass on the CPU. It is split into chunks whose sums are added in order, so that the result
 // does not depend on the number of threads.
 #pragma once
 
@@ -6,18 +6,17 @@
 
 namespace fcrn::cpu {
 
-// Cells of a chunk, counted through all images. Small enough for its confidences to stay in the
-// first-level cache between the two sweeps, large enough that a sweep writes a run of 8 KiB.
+// Cells of a chunk, which may span images. Few enough that its confidences stay in the L1 cache
+// until the pose maps are computed, many enough that a row is 8 KiB of float32.
 constexpr int64_t kChunkCells = 2048;
 
-// What is the same for all chunks of a pass.
 struct ChunkPlan {
   const LossPass& pass;
-  bool planar;  // the cells of a map lie side by side in every tensor
-  bool stream;  // write past the caches
+  bool planar;  // the cells of a map are contiguous in all tensors
+  bool stream;  // bypass the caches when writing
 };
 
-// Computes chunks [first, last) and their sums. The same loops, compiled for two instruction sets.
+// Computes chunks [first, last) and their sums. Compiled for two instruction sets.
 using RunChunks = void (*)(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums);
 namespace baseline {
 void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums);
@@ -26,10 +25,10 @@ namespace avx2 {
 void run_chunks(const ChunkPlan& plan, int64_t first, int64_t last, Sums* sums);
 }
 
-// Computes the pass with PyTorch's threads.
+// Runs the pass on PyTorch's threads.
 void run(const LossPass& pass);
 
-// The sum of `count` weights that lie side by side.
+// The sum of `count` contiguous weights.
 double weight_sum(const void* weights, DType dtype, int64_t count);
 
 // The instruction set whose loops run on this machine: "avx2" or "baseline".

@@ -1,4 +1,4 @@
-// PyTorch's threads, by its stable ABI.
+// PyTorch's at::parallel_for, through the stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -8,7 +8,7 @@
 
 namespace fcrn::cpu {
 
-// Calls `run(first, last)` for ranges that together are [0, count), of `grain` and more each.
+// Calls `run(first, last)` for ranges of at least `grain` that together are [0, count).
 template <typename Run>
 void parallel_for(int64_t count, int64_t grain, Run& run) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(

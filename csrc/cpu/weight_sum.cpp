@@ -1,5 +1,5 @@
-// The sum of a caller's weights in double, in one read of them and without a copy: PyTorch's own
-// sums on the CPU convert a tensor as a whole before they add it up in another type.
+// The sum of weights in double, without a copy: torch.sum on the CPU converts the whole tensor
+// before it sums it in another dtype.
 #include <vector>
 
 #include "fcrn_loss_cpu.h"
@@ -8,11 +8,11 @@
 namespace fcrn::cpu {
 namespace {
 
-constexpr int64_t kPiece = 1 << 14;  // elements that one thread adds up, whatever the threads
+constexpr int64_t kPiece = 1 << 14;  // elements that one thread sums, for any number of threads
 constexpr int kLanes = 16;
 
-// Doubles are added up with what rounding lost so far (Kahan): without it equal weights would be
-// off by more ulps than a gradient may be. The others have bits to spare.
+// Kahan summation for float64, without which the sum of equal weights would be off by more ulps
+// than a gradient may be. Narrower types do not need it in double.
 template <typename T>
 double sum_of(const T* from, int64_t count) {
   double lanes[kLanes] = {}, lost[kLanes] = {};
@@ -51,18 +51,9 @@ double sum_of_all(const T* from, int64_t count) {
 }  // namespace
 
 double weight_sum(const void* weights, DType dtype, int64_t count) {
-  switch (dtype) {
-    case DType::float64:
-      return sum_of_all(static_cast<const double*>(weights), count);
-    case DType::float32:
-      return sum_of_all(static_cast<const float*>(weights), count);
-    case DType::float16:
-      return sum_of_all(static_cast<const Half*>(weights), count);
-    case DType::bfloat16:
-      return sum_of_all(static_cast<const BFloat16*>(weights), count);
-    default:
-      return sum_of_all(static_cast<const Bool*>(weights), count);
-  }
+  return visit_element(dtype, [&](auto element) {
+    return sum_of_all(static_cast<const decltype(element)*>(weights), count);
+  });
 }
 
 }  // namespace fcrn::cpu

@@ -51,7 +51,7 @@ void run(int images, int cells, float positives, bool planar, bool given) {
 
   int64_t num_positive = 0;
   LossPass pass;
-  pass.grid.batch = pass.grid.images = images;
+  pass.grid.images = images;
   pass.grid.maps = kMaps;
   pass.grid.cells = pass.grid.sizes[0] = cells;
   TensorView view;

@@ -154,7 +154,7 @@ void parse_line(Description& description, const std::string& line) {
   words >> keyword;
   if (keyword == "grid") {
     fcrn::Grid& grid = pass.grid;
-    words >> grid.batch >> grid.maps >> grid.images >> grid.cells;
+    words >> grid.maps >> grid.images >> grid.cells;
     for (grid.spatial_dims = 0; words >> grid.sizes[grid.spatial_dims];) ++grid.spatial_dims;
     return;
   }

@@ -239,7 +239,7 @@ class Pass:
         )
         ignore_value = math.nan if self.ignore_value is None else self.ignore_value
         lines = [
-            ["grid", self.shape[0], grid.maps.size, grid.images.size, grid.num_cells, *sizes],
+            ["grid", grid.maps.size, grid.images.size, grid.num_cells, *sizes],
             ["kinds", int(self.has_kinds)],
             ["weight_repeat", grid.weight_repeat],
             [

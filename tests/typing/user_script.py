@@ -1,4 +1,4 @@
-"""What a user writes against the package; mypy --strict has nothing to say about it."""
+"""A user's program that must pass `mypy --strict`, its ignored errors being errors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fcrn_fused import (
     LinearNegativeWeight,
     StepNegativeWeight,
     fcrn_loss,
+    masked_mse_loss,
 )
 
 Batch = tuple[Tensor, Tensor]
@@ -37,10 +38,20 @@ def train(network: nn.Module, batches: Iterable[Batch]) -> list[float]:
 
 
 def positive_cells(pred: Tensor, target: Tensor) -> int:
-    result = fcrn_loss(pred, target, negative_weight=torch.tensor(0.5), return_stats=True)
-    assert isinstance(result, tuple)
-    loss, stats = result
+    loss, stats = fcrn_loss(pred, target, negative_weight=torch.tensor(0.5), return_stats=True)
     return named(stats)["num_positive"] + int(loss.isnan())
+
+
+def without_stats(pred: Tensor, target: Tensor) -> Tensor:
+    loss: Tensor = fcrn_loss(pred, target, coord_weight=[1.0] * 6, return_stats=False)
+    return loss + fcrn_loss(pred, target) + masked_mse_loss(pred, target, target > 0)
+
+
+def mistakes(pred: Tensor, target: Tensor) -> None:
+    fcrn_loss(pred, target, negative_wieght=0.5)  # type: ignore[call-overload]
+    fcrn_loss(pred, target, reduction=1, return_stats=True)  # type: ignore[call-overload]
+    loss: Tensor = fcrn_loss(pred, target, return_stats=True)  # type: ignore[assignment]
+    print(loss)
 
 
 def named(stats: FCRNLossStats) -> dict[str, int]:
@@ -59,4 +70,5 @@ if __name__ == "__main__":
     maps = torch.rand(2, 7, 4, 4), torch.rand(2, 7, 4, 4).round()
     batch = torch.rand(2, 3, 4, 4), maps[1]
     print(train(nn.Conv2d(3, 7, 1), [batch]), positive_cells(*maps))
+    print(without_stats(*maps))
     print(weight_after(FCRNLoss(), 3), fcrn_fused.show_config(), fcrn_fused.__version__)
