@@ -30,6 +30,11 @@
   "backward_into(Tensor grad_output, " FCRN_RULE_SCHEMA \
   "Tensor? num_positive, bool wrt_target, bool grad_is_for_one, Tensor(a!) grad) -> ()"
 
+// The weight_sum of a mean: that of a contiguous tensor of weights, each of which `repeats`
+// elements have, in a 0-dim float64 tensor.
+#define FCRN_SUM_INTO_SCHEMA \
+  "sum_into(Tensor weight, int repeats, Tensor(a!) sum, Tensor(b!)? workspace) -> ()"
+
 namespace fcrn {
 
 using torch::headeronly::ScalarType;
@@ -292,6 +297,12 @@ inline void* numbers_in(const OptionalTensor& tensor, int64_t count, const Tenso
                   " numbers: int64 for num_positive, float64 for weight_sum, else the dtype of ",
                   "the loss");
   return tensor->mutable_data_ptr();
+}
+
+// The place where sum_into writes.
+inline double* sum_of_weights(const Tensor& weight, const Tensor& sum) {
+  STD_TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous");
+  return static_cast<double*>(numbers_in(sum, 1, weight, ScalarType::Double, "sum"));
 }
 
 // Checks and fills what the passes of both operators have in common.

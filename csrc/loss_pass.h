@@ -55,6 +55,11 @@ struct Sums {
   }
 };
 
+// What the mean of weighted elements is divided by: without any weight the mean is 0.
+FCRN_HD double divisor_of_mean(double weight_sum, int64_t repeats) {
+  return weight_sum == 0 ? HUGE_VAL : weight_sum * static_cast<double>(repeats);
+}
+
 struct LossPass {
   Grid grid;
   TensorView pred, target;

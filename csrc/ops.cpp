@@ -12,12 +12,12 @@ struct Cpu {
   }
 };
 
-// Writes the sum of a contiguous tensor of weights into `sum`, 0-dim float64.
-void sum_into(const fcrn::Tensor& weight, const fcrn::Tensor& sum) {
-  STD_TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous");
-  auto* to = fcrn::numbers_in(sum, 1, weight, fcrn::ScalarType::Double, "sum");
+void sum_into(const fcrn::Tensor& weight, int64_t repeats, const fcrn::Tensor& sum,
+              const fcrn::OptionalTensor&) {
+  auto* to = fcrn::sum_of_weights(weight, sum);
   const auto dtype = fcrn::dtype_of(weight, "weight", fcrn::Elements::floating_or_bool);
-  *static_cast<double*>(to) = fcrn::cpu::weight_sum(weight.const_data_ptr(), dtype, weight.numel());
+  const double total = fcrn::cpu::weight_sum(weight.const_data_ptr(), dtype, weight.numel());
+  *to = fcrn::divisor_of_mean(total, repeats);
 }
 
 }  // namespace
@@ -25,7 +25,7 @@ void sum_into(const fcrn::Tensor& weight, const fcrn::Tensor& sum) {
 STABLE_TORCH_LIBRARY(fcrn_fused, library) {
   library.def(FCRN_FORWARD_INTO_SCHEMA);
   library.def(FCRN_BACKWARD_INTO_SCHEMA);
-  library.def("sum_into(Tensor weight, Tensor(a!) sum) -> ()");
+  library.def(FCRN_SUM_INTO_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CPU, library) {

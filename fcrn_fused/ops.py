@@ -82,17 +82,17 @@ def op_arguments(pred: Tensor, rule: Rule) -> tuple[Any, ...]:
     return *tensors, numbers, ignore_value, divisor, OUTPUTS.get(reduction, 0)
 
 
-def _weight_total(weight: Tensor) -> Tensor:
-    """`reference.weight_total` without a copy of the weights."""
+def _weight_total(weight: Tensor, repeats: int) -> Tensor:
+    """`reference.weight_total` in one read of the weights, without a copy of them."""
     if is_traced() or weight.is_meta or (weight.is_cuda and weight.dtype is torch.float64):
-        return weight_total(weight)
-    if weight.is_cuda:
-        return weight.sum() if weight.dtype is torch.bool else weight.sum(dtype=torch.float64)
+        return weight_total(weight, repeats)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.movedim(1, -1)
     total = weight.new_empty((), dtype=torch.float64)
     with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.fcrn_fused.sum_into.default(weight.contiguous(), total)
+        torch.ops.fcrn_fused.sum_into.default(
+            weight.contiguous(), repeats, total, _workspace(weight)
+        )
     return total
 
 
@@ -163,10 +163,9 @@ def run_forward(
     from `without_cpu_weights`.
     """
     results = _empty_results(pred, target, arguments, want_stats)
-    workspace = _workspace(pred) if pred.is_cuda else None
     with torch._C._AutoDispatchBelowAutograd():  # the caller differentiates
         torch.ops.fcrn_fused.forward_into.default(
-            pred, target, *_expanded(pred, arguments), *results, grad, workspace
+            pred, target, *_expanded(pred, arguments), *results, grad, _workspace(pred)
         )
     return results
 
@@ -225,11 +224,17 @@ def run_backward(
     return grad
 
 
-def _workspace(pred: Tensor) -> Tensor:
+def _workspace(pred: Tensor) -> Tensor | None:
     """Memory for the sums of the blocks of a launch, 32 bytes each, and 32 bytes for its ticket."""
-    multiprocessors = torch.cuda.get_device_properties(pred.device).multi_processor_count
-    blocks = multiprocessors * importlib.import_module("fcrn_fused._cuda").blocks_per_multiprocessor
-    return pred.new_empty((blocks + 1, 4), dtype=torch.int64)
+    if not pred.is_cuda:
+        return None
+    return pred.new_empty((_most_blocks(pred.device) + 1, 4), dtype=torch.int64)
+
+
+@functools.cache
+def _most_blocks(device: torch.device) -> int:
+    per_multiprocessor: int = importlib.import_module("fcrn_fused._cuda").blocks_per_multiprocessor
+    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # ---- traced and differentiable ------------------------------------------------------------------

@@ -173,15 +173,15 @@ def _divisor(pred: Tensor, cells: WeightedCells, rule: Rule) -> int | Tensor:
     return cells.positive.sum().clamp(min=1) if divisor == COUNT_POSITIVE else divisor
 
 
-def weight_total(weight: Tensor) -> Tensor:
-    """The sum of a tensor of weights, 0-dim; exact for bool, else in float64."""
-    if weight.dtype is torch.bool:
-        return weight.sum()
-    total = _sum(weight.to(_widest(weight.device)))
+def weight_total(weight: Tensor, repeats: int) -> Tensor:
+    """`repeats` times the sum of a tensor of weights, 0-dim, in float64; infinity where it is 0."""
+    is_bool = weight.dtype is torch.bool
+    total = weight.sum() if is_bool else _sum(weight.to(_widest(weight.device)))
     if weight.dtype is torch.float64:  # summing the deviations from the mean rounds less
         mean = total / max(weight.numel(), 1)
         total = mean * weight.numel() + _sum(weight - mean)
-    return total
+    total = total.to(_widest(weight.device)) * repeats
+    return total.masked_fill(total == 0, math.inf)
 
 
 def _widest(device: torch.device) -> torch.dtype:
@@ -189,7 +189,7 @@ def _widest(device: torch.device) -> torch.dtype:
 
 
 def weight_sum(
-    pred: Tensor, rule: Rule, total: Callable[[Tensor], Tensor] = weight_total
+    pred: Tensor, rule: Rule, total: Callable[[Tensor, int], Tensor] = weight_total
 ) -> Tensor | None:
     """The divisor of the "mean" of `masked_mse_loss`: the sum of the weights of all elements.
 
@@ -203,9 +203,7 @@ def weight_sum(
         for dim, stride in enumerate(weight.stride()):
             if stride == 0:  # expanded: sum the elements that are in memory
                 weight = weight.narrow(dim, 0, 1)
-    repeats = pred.numel() // max(weight.numel(), 1)
-    of_all = total(weight).to(_widest(weight.device)) * repeats
-    return of_all.masked_fill(of_all == 0, math.inf)
+    return total(weight, pred.numel() // max(weight.numel(), 1))
 
 
 def _positive_weights(

@@ -92,7 +92,7 @@ def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
     if device == "cpu":
         return tensor
     store = torch.empty((0,), dtype=tensor.dtype, device=device)
-    store.set_(tensor.untyped_storage().to(device))
+    store.set_(tensor.untyped_storage().to(device=device))
     return store.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +164,19 @@ def test_opcheck_of_the_operators_that_write(
 
 
 def test_opcheck_of_the_sum_of_weights(fused: Implementation) -> None:
-    if fused.device != "cpu":
-        pytest.skip("PyTorch's own sum does it there")
-    total = torch.empty((), dtype=torch.float64)
-    for weight in (torch.rand(3, 5), torch.rand(40_000, dtype=torch.float64), torch.ones(3) > 0):
-        opcheck(torch.ops.fcrn_fused.sum_into.default, (weight, total))
-        torch.ops.fcrn_fused.sum_into(weight, total)
-        torch.testing.assert_close(total, weight.double().sum())
+    total = torch.empty((), dtype=torch.float64, device=fused.device)
+    for weight in (torch.rand(3, 5), torch.rand(40_003, dtype=torch.float64), torch.ones(37) > 0):
+        weight = weight.to(fused.device)
+        workspace = ops._workspace(weight)
+        opcheck(torch.ops.fcrn_fused.sum_into.default, (weight, 3, total, workspace))
+        torch.ops.fcrn_fused.sum_into(weight, 3, total, workspace)
+        torch.testing.assert_close(total, 3 * weight.double().sum())
+        torch.ops.fcrn_fused.sum_into(torch.zeros_like(weight), 3, total, workspace)
+        assert total.item() == math.inf
     with pytest.raises(RuntimeError, match="weight must be contiguous"):
-        torch.ops.fcrn_fused.sum_into(torch.rand(4, 4)[:, ::2], total)
+        torch.ops.fcrn_fused.sum_into(torch.rand(4, 4)[:, ::2], 1, total, None)
     with pytest.raises(RuntimeError, match="cannot be differentiated"):
-        torch.ops.fcrn_fused.sum_into(torch.rand(3, requires_grad=True), total)
+        torch.ops.fcrn_fused.sum_into(torch.rand(3, requires_grad=True), 1, total, None)
 
 
 def test_opcheck_of_dynamic_tracing(fused: Implementation) -> None:

@@ -202,8 +202,9 @@ def test_two_forwards_and_one_backward_under_ddp(fused: Implementation, reductio
         def forward(self, picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return self.loss(self.network(picture), target).sum()
 
-    picture, target = torch.randn(2, 3, 4, 4), make_batch((2, 7, 4, 4))[1]
-    model = Model()
+    picture = torch.randn(2, 3, 4, 4, device=fused.device)
+    target = make_batch((2, 7, 4, 4), device=fused.device)[1]
+    model = Model().to(fused.device)
     (3 * (model(picture, target) + model(2 * picture, target))).backward()
     want = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()

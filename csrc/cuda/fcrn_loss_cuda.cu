@@ -33,13 +33,17 @@ Workspace workspace_in(const OptionalTensor& memory, unsigned blocks, cudaStream
   return {sums, ticket};
 }
 
+cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 struct Cuda {
   static void run(const LossPass& pass, const Tensor& pred, const OptionalTensor& memory) {
     const int device = pred.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
-    const auto stream = static_cast<cudaStream_t>(current);
+    const cudaStream_t stream = current_stream(device);
     run_pass(pass, [&](auto kernel, int64_t threads) {
       const unsigned blocks = num_blocks(threads, resident_blocks(kernel, device));
       Workspace workspace;
@@ -49,6 +53,23 @@ struct Cuda {
     });
   }
 };
+
+void sum_into(const Tensor& weight, int64_t repeats, const Tensor& sum,
+              const OptionalTensor& memory) {
+  const int device = weight.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  auto* to = sum_of_weights(weight, sum);
+  visit_element(dtype_of(weight, "weight", Elements::floating_or_bool), [&](auto element) {
+    using T = decltype(element);
+    const int64_t count = weight.numel(), threads = count * int64_t{sizeof(T)} / 16;
+    const unsigned blocks = num_blocks(threads, resident_blocks(weight_sum_kernel<T>, device));
+    weight_sum_kernel<T>
+        <<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(weight.const_data_ptr()), count,
+                                          repeats, to, workspace_in(memory, blocks, stream));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
 
 // Why the device cannot run the kernels, in the words of the CUDA runtime; "" if it can.
 std::string problem(int device) {
@@ -70,6 +91,7 @@ std::string problem(int device) {
 STABLE_TORCH_LIBRARY_IMPL(fcrn_fused, CUDA, library) {
   library.impl("forward_into", TORCH_BOX(&fcrn::forward_into<fcrn::cuda::Cuda>));
   library.impl("backward_into", TORCH_BOX(&fcrn::backward_into<fcrn::cuda::Cuda>));
+  library.impl("sum_into", TORCH_BOX(&fcrn::cuda::sum_into));
 }
 
 PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {

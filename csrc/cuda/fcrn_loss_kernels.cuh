@@ -26,11 +26,13 @@ namespace fcrn::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 // So many blocks of a multiprocessor run at once at least, which leaves a thread 64 registers.
 constexpr int kResidentBlocks = 4;
 constexpr int kMostResidentBlocks = 2048 / kThreads;  // on any GPU
-// A thread asks for so many maps of a positive cell before it waits for the first.
-constexpr int kMapsAtOnce = 2;
+// A thread asks for so many maps of V cells before it waits for the first.
+template <int V>
+constexpr int kMapsAtOnce = V == 4 ? 2 : 1;
 
 // Where the blocks of a launch meet: memory of its own, whose ticket is 0 before the launch.
 struct Workspace {
@@ -46,8 +48,7 @@ constexpr int kVector = 16 / (sizeof(Pred) < sizeof(Target) ? sizeof(Pred) : siz
 
 // kResidentBlocks of the planar kernels: the most at which they do not spill.
 template <typename Pred, typename Target, bool kGeneral>
-constexpr int kPlanarBlocks = kGeneral ? (kVector<Pred, Target> == 4 ? 3 : 2)
-                                       : (sizeof(Pred) == sizeof(Target) ? kResidentBlocks : 3);
+constexpr int kPlanarBlocks = kGeneral ? (sizeof(Pred) == sizeof(Target) ? 3 : 2) : kResidentBlocks;
 
 // V elements that lie side by side, moved by the widest accesses that hold no more.
 template <typename T, int V>
@@ -91,12 +92,11 @@ __device__ __forceinline__ void store(T* to, const Acc (&from)[V]) {
 // The sums of all threads of a block, in thread 0; the order of the additions is fixed.
 __device__ inline Sums sum_over_block(Sums sums) {
   __shared__ Sums warp_sums[kThreads / kWarp];
-  constexpr unsigned kAll = 0xffffffffu;
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    sums.coord += __shfl_down_sync(kAll, sums.coord, offset);
-    sums.positive_conf += __shfl_down_sync(kAll, sums.positive_conf, offset);
-    sums.negative_conf += __shfl_down_sync(kAll, sums.negative_conf, offset);
-    sums.num_positive += __shfl_down_sync(kAll, sums.num_positive, offset);
+    sums.coord += __shfl_down_sync(kAllLanes, sums.coord, offset);
+    sums.positive_conf += __shfl_down_sync(kAllLanes, sums.positive_conf, offset);
+    sums.negative_conf += __shfl_down_sync(kAllLanes, sums.negative_conf, offset);
+    sums.num_positive += __shfl_down_sync(kAllLanes, sums.num_positive, offset);
   }
   __syncthreads();  // of a sum before this one, no thread reads warp_sums any more
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = sums;
@@ -108,9 +108,10 @@ __device__ inline Sums sum_over_block(Sums sums) {
   return sums;
 }
 
-// Adds the threads' sums up and, in the block that finishes last, the blocks' in their order.
-template <typename Acc>
-__device__ void finish(const LossPass& pass, const Workspace& workspace, const Sums& thread_sums) {
+// Adds the threads' sums up and, in the block that finishes last, the blocks' in their order; one
+// thread of it calls `write` with the sum of all.
+template <typename Write>
+__device__ void finish(const Workspace& workspace, const Sums& thread_sums, Write&& write) {
   __shared__ bool is_last;
   const Sums block = sum_over_block(thread_sums);
   if (threadIdx.x == 0) {
@@ -132,7 +133,13 @@ __device__ void finish(const LossPass& pass, const Workspace& workspace, const S
              __ldcg(reinterpret_cast<const long long*>(&from->num_positive))});
   }
   all = sum_over_block(all);
-  if (threadIdx.x == 0) pass.write_results<Acc>(all);
+  if (threadIdx.x == 0) write(all);
+}
+
+template <typename Acc>
+__device__ void finish_pass(const LossPass& pass, const Workspace& workspace, const Sums& sums) {
+  if (!pass.wants_sums()) return;
+  finish(workspace, sums, [&](const Sums& all) { pass.write_results<Acc>(all); });
 }
 
 // ---- what is the same for all threads of a block ------------------------------------------------
@@ -236,128 +243,158 @@ struct PlanarMap {
   }
 };
 
+// Where V cells lie: in this image, from this cell on.
+struct Place {
+  uint32_t image, cell;
+};
+
+// What the threads of the planar kernel do with V cells each. A warp goes through its steps
+// together.
 template <typename Acc, typename Pred, typename Target, bool kForward, bool kGeneral>
-__device__ __forceinline__ void planar_cells(const LossPass& pass,
-                                             const BlockConstants<Acc>& constants, uint32_t image,
-                                             uint32_t cell,
-                                             const PlanarMap<Acc, Pred, Target>& confidence,
-                                             Sums& sums) {
+struct PlanarCells {
   using Map = PlanarMap<Acc, Pred, Target>;
-  constexpr int V = Map::V;
-  const bool has_kinds = !kGeneral || pass.has_kinds;
-  const bool has_positive = kGeneral && pass.positive;
-  const bool has_weight = kGeneral && pass.weight;
-  const bool weight_is_per_cell = has_weight && pass.weight.map_stride == 0;
-  const bool per_cell = kGeneral && !kForward && pass.has_grad_output_per_cell();
-  const bool cell_errors = kGeneral && kForward && pass.errors && pass.output == Output::cell;
-  const bool element_errors = kGeneral && kForward && pass.errors && !cell_errors;
-  const uint32_t pose_maps =
-      static_cast<uint32_t>(kGeneral ? pass.num_pose_maps() : pass.grid.maps - 1);
+  static constexpr int V = Map::V;
 
-  Acc given[V], cell_error[V] = {};
-  if (weight_is_per_cell) {
-    load_given(pass.weight, static_cast<uint32_t>(pass.weight_repeat), image, 0, cell, given);
+  const LossPass& pass;
+  const BlockConstants<Acc>& constants;
+
+  // Without kGeneral, the compiler knows all of these.
+  __device__ bool has_kinds() const { return !kGeneral || pass.has_kinds; }
+  __device__ bool has_weight() const { return kGeneral && pass.weight; }
+  __device__ bool has_weight_per_cell() const {
+    return has_weight() && pass.weight.map_stride == 0;
   }
-  const auto element_of = [&](const Map& map, int i, ElementWeight<Acc> weight, bool& counted) {
-    if (per_cell) weight.coefficient *= map.scale.values[i];
-    if (has_weight) apply_weight(given[i], weight, counted);
-    return element(
-        counted, weight,
-        Convert<Acc>::from(map.pred.values[i]) - Convert<Acc>::from(map.target.values[i]));
-  };
-  const auto write = [&](uint32_t map, const Acc(&grad)[V], const Acc(&error)[V]) {
-    if (pass.grad) store(at<Pred>(pass.grad, image, map, cell), grad);
-    if (element_errors) store(at<Acc>(pass.errors, image, map, cell), error);
-  };
+  __device__ bool has_grad_output_per_cell() const {
+    return kGeneral && !kForward && pass.has_grad_output_per_cell();
+  }
+  __device__ bool writes_cell_errors() const {
+    return kGeneral && kForward && pass.errors && pass.output == Output::cell;
+  }
+  __device__ bool writes_element_errors() const {
+    return kGeneral && kForward && pass.errors && pass.output == Output::element;
+  }
+  __device__ bool writes_zeros() const { return kForward || !pass.grad_is_for_one; }
+  __device__ uint32_t pose_maps() const {
+    return static_cast<uint32_t>(kGeneral ? pass.num_pose_maps() : pass.grid.maps - 1);
+  }
 
-  bool has_pose[V];
-  Acc positive_error = 0, negative_error = 0;
-  int num_positive = 0;
-  if (has_kinds) {
-    if (has_weight && !weight_is_per_cell)
-      load_given(pass.weight, 1, image, pose_maps, cell, given);
-    Acc error[V], grad[V], given_positive[V];
-    if (has_positive) load_given_as<Bool>(pass.positive, 1, image, 0, cell, given_positive);
+  __device__ __forceinline__ void load(Map& map_data, Place place, uint32_t map) const {
+    map_data.load(pass, has_grad_output_per_cell(), place.image, map, place.cell);
+  }
+
+  __device__ __forceinline__ void load_weight(Place place, uint32_t map, Acc (&given)[V]) const {
+    const auto repeat = has_weight_per_cell() ? static_cast<uint32_t>(pass.weight_repeat) : 1;
+    load_given(pass.weight, repeat, place.image, map, place.cell, given);
+  }
+
+  // Element i of a map, where `counted` says whether its cell counts.
+  __device__ __forceinline__ Element<Acc> element_of(const Map& map_data, int i,
+                                                     ElementWeight<Acc> weight,
+                                                     const Acc (&given)[V], bool& counted) const {
+    if (has_grad_output_per_cell()) weight.coefficient *= map_data.scale.values[i];
+    if (has_weight()) apply_weight(given[i], weight, counted);
+    return element(counted, weight,
+                   Convert<Acc>::from(map_data.pred.values[i]) -
+                       Convert<Acc>::from(map_data.target.values[i]));
+  }
+
+  __device__ __forceinline__ void write(Place place, uint32_t map, const Acc (&grad)[V],
+                                        const Acc (&error)[V]) const {
+    if (pass.grad) store(at<Pred>(pass.grad, place.image, map, place.cell), grad);
+    if (writes_element_errors()) store(at<Acc>(pass.errors, place.image, map, place.cell), error);
+  }
+
+  // Their confidences. Returns which of the cells have a pose that counts: bit i is cell i.
+  __device__ __forceinline__ uint32_t confidences(Place place, const Map& confidence,
+                                                  Acc (&cell_error)[V], Sums& sums) const {
+    Acc given[V];
+    uint32_t with_pose = 0;
+    if (!has_kinds()) {
+      if (has_weight_per_cell()) load_weight(place, 0, given);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        with_pose |= uint32_t(!has_weight_per_cell() || given[i] != Acc(0)) << i;
+      }
+      return with_pose;
+    }
+    if (has_weight()) load_weight(place, pose_maps(), given);
+    Acc error[V], grad[V], is_positive[V];
+    const bool has_positive = kGeneral && pass.positive;
+    if (has_positive) {
+      load_given_as<Bool>(pass.positive, 1, place.image, 0, place.cell, is_positive);
+    }
+    Acc positive_error = 0, negative_error = 0;
+    int num_positive = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const Acc target = Convert<Acc>::from(confidence.target.values[i]);
-      const auto kind = has_positive
-                            ? kind_of(constants.of_pass, target, given_positive[i] != Acc(0))
-                            : kind_of(constants.of_pass, target);
+      const auto kind = has_positive ? kind_of(constants.of_pass, target, is_positive[i] != Acc(0))
+                                     : kind_of(constants.of_pass, target);
       bool counted = kind.counted;
       const auto weight = confidence_weight(constants.of_pass, kind);
-      const auto result = element_of(confidence, i, weight, counted);
-      has_pose[i] = kind.positive && (!weight_is_per_cell || counted);
+      const auto result = element_of(confidence, i, weight, given, counted);
+      with_pose |= uint32_t(kind.positive && (!has_weight_per_cell() || counted)) << i;
       error[i] = cell_error[i] = result.error;
       grad[i] = result.gradient;
       positive_error += kind.positive ? error[i] : Acc(0);
       negative_error += kind.positive ? Acc(0) : error[i];
       num_positive += kind.positive && counted;
     }
-    if (kForward) sums.negative_conf += negative_error;
-    write(pose_maps, grad, error);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) has_pose[i] = !has_weight || given[i] != Acc(0);
-  }
-  bool any_pose = false;
-#pragma unroll
-  for (int i = 0; i < V; ++i) any_pose |= has_pose[i];
-
-  if (kForward && any_pose) {
-    sums.positive_conf += positive_error;
-    sums.num_positive += num_positive;
-  }
-  const bool write_zeros = kForward || !pass.grad_is_for_one;
-  // Few vectors have a positive cell: they leave their warp for this loop, the others for the next.
-  // Under masks most warps are mixed, and stay together.
-  if (any_pose || (kGeneral && write_zeros)) {
-#pragma unroll 1
-    for (uint32_t first = 0; first < pose_maps; first += kMapsAtOnce) {
-      Acc grad[kMapsAtOnce][V] = {}, error[kMapsAtOnce][V] = {};
-      if (any_pose) {
-        Map maps[kMapsAtOnce];
-#pragma unroll
-        for (int j = 0; j < kMapsAtOnce; ++j) {
-          if (j == 0 || first + j < pose_maps) maps[j].load(pass, per_cell, image, first + j, cell);
-        }
-#pragma unroll
-        for (int j = 0; j < kMapsAtOnce; ++j) {
-          const uint32_t map = first + j;
-          if (j > 0 && map == pose_maps) break;
-          const auto weight = constants.of_pose(map);
-          if (has_weight && !weight_is_per_cell) {
-            load_given(pass.weight, 1, image, map, cell, given);
-          }
-          Acc map_error = 0;
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            bool counted = has_pose[i];
-            const auto result = element_of(maps[j], i, weight, counted);
-            error[j][i] = result.error;
-            grad[j][i] = result.gradient;
-            cell_error[i] += error[j][i];
-            map_error += error[j][i];
-          }
-          if (kForward) sums.coord += map_error;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kMapsAtOnce; ++j) {
-        if (j == 0 || first + j < pose_maps) write(first + j, grad[j], error[j]);
+    if (kForward) {
+      sums.negative_conf += negative_error;
+      if (with_pose) {
+        sums.positive_conf += positive_error;
+        sums.num_positive += num_positive;
       }
     }
-  } else if (write_zeros) {
+    write(place, pose_maps(), grad, error);
+    return with_pose;
+  }
+
+  __device__ __forceinline__ void zero_poses(Place place) const {
     constexpr Acc zeros[V] = {};
 #pragma unroll 1
-    for (uint32_t map = 0; map < pose_maps; ++map) write(map, zeros, zeros);
+    for (uint32_t map = 0; map < pose_maps(); ++map) write(place, map, zeros, zeros);
   }
-  if (cell_errors) {
+
+  // Some of their pose maps: every `step`-th from `first` on.
+  __device__ __forceinline__ void poses(Place place, uint32_t with_pose, uint32_t first,
+                                        uint32_t step, Acc (&cell_error)[V], Sums& sums) const {
+    const uint32_t num_maps = pose_maps();
+#pragma unroll 1
+    for (; first < num_maps; first += kMapsAtOnce<V> * step) {
+      Map maps[kMapsAtOnce<V>];
+#pragma unroll
+      for (int j = 0; j < kMapsAtOnce<V>; ++j) {
+        if (first + j * step < num_maps) load(maps[j], place, first + j * step);
+      }
+#pragma unroll
+      for (int j = 0; j < kMapsAtOnce<V>; ++j) {
+        const uint32_t map = first + j * step;
+        if (map >= num_maps) break;
+        Acc given[V], grad[V], error[V], map_error = 0;
+        if (has_weight()) load_weight(place, map, given);
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          bool counted = with_pose >> i & 1;
+          const auto result = element_of(maps[j], i, constants.of_pose(map), given, counted);
+          error[i] = result.error;
+          grad[i] = result.gradient;
+          cell_error[i] += error[i];
+          map_error += error[i];
+        }
+        if (kForward) sums.coord += map_error;
+        write(place, map, grad, error);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write_cell_errors(Place place, Acc (&cell_error)[V]) const {
 #pragma unroll
     for (int i = 0; i < V; ++i) cell_error[i] /= constants.divisor;
-    store(at<Acc>(pass.errors, image, 0, cell), cell_error);
+    store(at<Acc>(pass.errors, place.image, 0, place.cell), cell_error);
   }
-}
+};
 
 // ---- interleaved: V elements that lie side by side ----------------------------------------------
 
@@ -489,39 +526,75 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
 template <typename Acc, typename Pred, typename Target, bool kForward, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, (kPlanarBlocks<Pred, Target, kGeneral>))
     planar_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
-  __shared__ BlockConstants<Acc> constants;
-  constants.set_up(pass);
-  if (constants.nothing_to_do) return;
   constexpr int V = kVector<Pred, Target>;
+  __shared__ BlockConstants<Acc> constants;
+  __shared__ uint16_t lists[kThreads];  // a warp's lanes with a pose, and which cells of them
+  const PlanarCells<Acc, Pred, Target, kForward, kGeneral> cells{pass, constants};
   const uint32_t vectors_per_image = static_cast<uint32_t>(pass.grid.cells / V);
   const uint32_t vectors = static_cast<uint32_t>(pass.grid.images) * vectors_per_image;
-  const bool has_kinds = !kGeneral || pass.has_kinds;
-  const bool per_cell = kGeneral && !kForward && pass.has_grad_output_per_cell();
-  uint32_t vector = uint32_t(blockIdx.x) * kThreads + threadIdx.x;
-  // The place of a vector, and its confidences, which are asked for while the vector before it is
-  // worked on; the general kernel has no registers to spare for that.
-  uint32_t image, cell;
-  PlanarMap<Acc, Pred, Target> confidence;
-  const auto go_to_vector = [&] {
-    if (vector >= vectors) return;
-    image = vector / vectors_per_image;
-    cell = (vector - image * vectors_per_image) * V;
-    if (has_kinds) {
-      confidence.load(pass, per_cell, image, static_cast<uint32_t>(pass.grid.maps - 1), cell);
-    }
+  const uint32_t lane = threadIdx.x % kWarp;
+  uint16_t* list = lists + (threadIdx.x - lane);
+  const auto place_of = [&](uint32_t vector) -> Place {
+    const uint32_t image = vector / vectors_per_image;
+    return {image, (vector - image * vectors_per_image) * V};
   };
+  uint32_t vector = uint32_t(blockIdx.x) * kThreads + threadIdx.x;
+  // The confidences of a vector are asked for while the one before it is worked on; the general
+  // kernel has no registers to spare for that.
+  Place next_place = {};
+  PlanarMap<Acc, Pred, Target> next_confidence;
+  const auto load_confidence = [&] {
+    if (vector >= vectors) return;
+    next_place = place_of(vector);
+    if (cells.has_kinds()) cells.load(next_confidence, next_place, cells.pose_maps());
+  };
+  if (!kGeneral) load_confidence();
+  constants.set_up(pass);
+  if (constants.nothing_to_do) return;
   Sums sums;
-  if (!kGeneral) go_to_vector();
-  while (vector < vectors) {
-    if (kGeneral) go_to_vector();
-    const uint32_t this_image = image, this_cell = cell;
-    const auto this_confidence = confidence;
+  while (vector - lane < vectors) {  // for all lanes of a warp or for none
+    if (kGeneral) load_confidence();
+    const uint32_t first_of_warp = vector - lane;
+    const bool is_valid = vector < vectors;
+    const Place place = next_place;
+    const auto confidence = next_confidence;
     vector += uint32_t(gridDim.x) * kThreads;
-    if (!kGeneral) go_to_vector();
-    planar_cells<Acc, Pred, Target, kForward, kGeneral>(pass, constants, this_image, this_cell,
-                                                        this_confidence, sums);
+    if (!kGeneral) load_confidence();
+
+    Acc cell_error[V] = {};
+    const uint32_t with_pose =
+        is_valid ? cells.confidences(place, confidence, cell_error, sums) : 0;
+    if (const uint32_t listed = __ballot_sync(kAllLanes, with_pose != 0)) {
+      Place listed_place = place;
+      uint32_t listed_pose = with_pose, first_map = 0, step = 1;
+      const uint32_t count = __popc(listed);
+      // Few vectors have a positive cell, so a warp shares out the pose maps of those that have
+      // one: as many of their elements are on their way at once as it has lanes. Where most have
+      // one, or where a lane adds up the errors of its cells over the maps, each keeps its own.
+      if (count <= kWarp / 2 && !cells.writes_cell_errors()) {
+        if (with_pose) {
+          list[__popc(listed & ((1u << lane) - 1))] = static_cast<uint16_t>(lane | with_pose << 8);
+        }
+        __syncwarp();
+        // So many lanes, a power of two, work on one map.
+        const uint32_t log2_lanes = count > 1 ? kWarp - __clz(count - 1) : 0;
+        const uint32_t mine = lane & ((1u << log2_lanes) - 1);
+        const uint32_t entry = mine < count ? list[mine] : 0;
+        __syncwarp();  // the list is read before the next is written
+        listed_place = place_of(first_of_warp + entry % kWarp);
+        listed_pose = entry >> 8;
+        first_map = lane >> log2_lanes;
+        step = kWarp >> log2_lanes;
+      }
+      if (listed_pose) {
+        cells.poses(listed_place, listed_pose, first_map, step, cell_error, sums);
+      }
+    }
+    // After the poses: reads wait for what was written before them.
+    if (is_valid && !with_pose && cells.writes_zeros()) cells.zero_poses(place);
+    if (is_valid && cells.writes_cell_errors()) cells.write_cell_errors(place, cell_error);
   }
-  if (kForward && pass.wants_sums()) finish<Acc>(pass, workspace, sums);
+  if (kForward) finish_pass<Acc>(pass, workspace, sums);
 }
 
 template <typename Acc, typename Pred, typename Target, bool kForward>
@@ -533,11 +606,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   constexpr int V = kVector<Pred, Target>;
   const uint32_t elements = static_cast<uint32_t>(pass.grid.cells * pass.grid.maps);
   Sums sums;
+#pragma unroll 4  // so that the reads of several iterations are on their way at once
   for (uint32_t first = (uint32_t(blockIdx.x) * kThreads + threadIdx.x) * V; first < elements;
        first += uint32_t(gridDim.x) * kThreads * V) {
     interleaved_elements<Acc, Pred, Target, kForward>(pass, constants, first, sums);
   }
-  if (kForward && pass.wants_sums()) finish<Acc>(pass, workspace, sums);
+  if (kForward) finish_pass<Acc>(pass, workspace, sums);
 }
 
 template <typename Acc, typename Index, bool kForward>
@@ -554,7 +628,39 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const Index image = at / cells_per_image;
     strided_cell<Acc, Index, kForward>(pass, constants, image, at - image * cells_per_image, sums);
   }
-  if (kForward && pass.wants_sums()) finish<Acc>(pass, workspace, sums);
+  if (kForward) finish_pass<Acc>(pass, workspace, sums);
+}
+
+// ---- the sum of weights -------------------------------------------------------------------------
+
+// The sum of `count` weights times `repeats`, infinity for 0, in one read of them: the divisor of
+// masked_mse_loss's mean. A thread takes 16 bytes.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    weight_sum_kernel(const T* weights, int64_t count, int64_t repeats, double* sum,
+                      const Workspace workspace) {
+  constexpr int V = 16 / sizeof(T);
+  using Weights = Vector<T, V>;
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  const int64_t vectors = Weights::may_lie_at(weights) ? count / V : 0;
+  Sums sums;
+  const auto add = [&](T weight) {
+    if constexpr (std::is_same_v<T, Bool>) {
+      sums.num_positive += static_cast<int>(to_float(weight));
+    } else {
+      sums.coord += Convert<double>::from(weight);
+    }
+  };
+  for (int64_t i = first; i < vectors; i += stride) {
+    const auto some = Weights::load(weights + i * V);
+#pragma unroll
+    for (int j = 0; j < V; ++j) add(some.values[j]);
+  }
+  for (int64_t i = vectors * V + first; i < count; i += stride) add(weights[i]);
+  finish(workspace, sums, [&](const Sums& all) {
+    *sum = divisor_of_mean(all.coord + static_cast<double>(all.num_positive), repeats);
+  });
 }
 
 // ---- the choice ---------------------------------------------------------------------------------

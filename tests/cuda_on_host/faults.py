@@ -50,6 +50,7 @@ _MANY_MAPS = Case((2, 300, 2, 4), coord_weight="one")
 _MANY_WEIGHTS = Case((2, 300, 2, 4), coord_weight="tensor")
 _FEW_MAPS = Case((2, 2, 4, 4), **both_channels_last())
 _PADDED = Case((3, 2, 4, 8), target_layout=Layout("padded"))
+_CELL_ERRORS = Case((2, 3, 34, 32), reduction="cell", positives="scattered")
 _NO_SUMS = Case((2, 3, 34, 32), reduction="none", resident_blocks=8)
 _NO_POSITIVES = Case((2, 3, 8, 8), reduction="positive", positives="none")
 
@@ -142,7 +143,9 @@ FAULTS = (
     ),
     # ---- tails -----------------------------------------------------------------------------------
     Fault(
-        "the last vector is left out", "while (vector < vectors)", "while (vector + 1 < vectors)"
+        "the last vector is left out",
+        "is_valid = vector < vectors",
+        "is_valid = vector + 1 < vectors",
     ),
     Fault(
         "one vector too many",
@@ -160,8 +163,8 @@ FAULTS = (
     ),
     Fault(
         "the confidences are those of the next vector",
-        "this_confidence, sums",
-        "confidence, sums",
+        "cells.confidences(place, confidence,",
+        "cells.confidences(place, next_confidence,",
         check=_checks(_ROUND),
     ),
     Fault(
@@ -175,15 +178,15 @@ FAULTS = (
     ),
     Fault(
         "an odd number of maps ends with one too many",
-        "if (j > 0 && map == pose_maps) break;",
+        "if (map >= num_maps) break;",
         "",
         message=f"{_NOT_EQUAL}|nan",
         check=_checks(_ODD_MAPS),
     ),
     Fault(
         "the maps that are asked for at once are one",
-        "maps[j].load(pass, per_cell, image, first + j, cell);",
-        "maps[j].load(pass, per_cell, image, first, cell);",
+        "load(maps[j], place, first + j * step);",
+        "load(maps[j], place, first);",
     ),
     Fault(
         "more blocks than can run at once",
@@ -195,14 +198,46 @@ FAULTS = (
     # ---- warps -----------------------------------------------------------------------------------
     Fault(
         "half of the lanes in the mask",
-        "kAll = 0xffffffffu;",
-        "kAll = 0x0000ffffu;",
+        "kAllLanes = 0xffffffffu;",
+        "kAllLanes = 0x0000ffffu;",
         message="whose mask 0x0000ffff leaves it out|reads lane 16, which is not in it",
     ),
     Fault(
         "one step of the warp's sum is missing",
         "int offset = kWarp / 2;",
         "int offset = kWarp / 4;",
+    ),
+    Fault(
+        "no barrier before a warp's list is read",
+        "        __syncwarp();\n        // So many lanes",
+        "        // So many lanes",
+        message=r"race: .* shared memory",
+        how="race-quick",
+    ),
+    Fault(
+        "no barrier before a warp's next list is written",
+        "        __syncwarp();  // the list is read before the next is written\n",
+        "",
+        message=r"race: .* shared memory",
+        check=_checks(_ROUND),
+        how="race-quick",
+    ),
+    Fault(
+        "a lane works for one that is not on the list",
+        "first_of_warp + entry %",
+        "first_of_warp + mine %",
+    ),
+    Fault(
+        "the cells of a listed lane all have a pose",
+        "listed_pose = entry >> 8;",
+        "listed_pose = 15;",
+    ),
+    Fault("the lanes share out a map twice", "step = kWarp >> log2_lanes;", "step = 1;"),
+    Fault(
+        "the errors of a cell are added up by another lane",
+        " && !cells.writes_cell_errors()) {",
+        ") {",
+        check=_checks(_CELL_ERRORS),
     ),
     # ---- the ticket ------------------------------------------------------------------------------
     Fault(
@@ -224,8 +259,8 @@ FAULTS = (
     ),
     Fault(
         "a ticket is drawn where no sums are wanted",
-        "this_confidence, sums);\n  }\n  if (kForward && pass.wants_sums()) finish",
-        "this_confidence, sums);\n  }\n  if (kForward) finish",
+        "  if (!pass.wants_sums()) return;\n",
+        "",
         message="AddressSanitizer: SEGV on unknown address 0x0000",
         check=_checks(_NO_SUMS),
         how="sanitized-quick",
@@ -253,17 +288,9 @@ FAULTS = (
     # ---- masked elements -------------------------------------------------------------------------
     Fault(
         "pose maps are read where no cell is positive",
-        "  if (any_pose || (kGeneral && write_zeros)) {\n",
-        "  any_pose = true;\n  if (true) {\n",
-        message="AddressSanitizer: use-after-poison",
-        how="sanitized-quick",
-    ),
-    Fault(
-        "masked vectors are read with the others of their warp",
-        "      if (any_pose) {\n",
+        "      if (listed_pose) {\n",
         "      if (true) {\n",
         message="AddressSanitizer: use-after-poison",
-        check=_checks(_CELL_WEIGHTS),
         how="sanitized-quick",
     ),
     Fault(
@@ -299,16 +326,16 @@ FAULTS = (
     ),
     Fault(
         "cells that the weight masks are read",
-        "has_pose[i] = kind.positive && (!weight_is_per_cell || counted);",
-        "has_pose[i] = kind.positive;",
+        "uint32_t(kind.positive && (!has_weight_per_cell() || counted)) << i;",
+        "uint32_t(kind.positive) << i;",
         message="AddressSanitizer: use-after-poison",
         check=_checks(_CELL_WEIGHTS),
         how="sanitized-quick",
     ),
     Fault(
         "a plane that is masked as a whole is read",
-        "has_pose[i] = !has_weight || given[i] != Acc(0);",
-        "has_pose[i] = true;",
+        "uint32_t(!has_weight_per_cell() || given[i] != Acc(0)) << i;",
+        "1u << i;",
         message="AddressSanitizer: use-after-poison",
         check=_checks(_PLANES),
         how="sanitized-quick",
@@ -329,8 +356,8 @@ FAULTS = (
     ),
     Fault(
         "the weights of all maps are those of the first",
-        "load_given(pass.weight, 1, image, map, cell, given);",
-        "load_given(pass.weight, 1, image, 0, cell, given);",
+        "load_given(pass.weight, repeat, place.image, map, place.cell, given);",
+        "load_given(pass.weight, repeat, place.image, 0, place.cell, given);",
         check=_checks(_MAP_WEIGHTS),
     ),
     Fault(
@@ -361,8 +388,8 @@ FAULTS = (
     ),
     Fault(
         "every cell of a row has its own weight",
-        "static_cast<uint32_t>(pass.weight_repeat), image",
-        "1, image",
+        "static_cast<uint32_t>(pass.weight_repeat) : 1;",
+        "1u : 1u;",
         message="AddressSanitizer: heap-buffer-overflow",
         check=_checks(_ROWS),
         how="sanitized-quick",
@@ -540,8 +567,8 @@ FAULTS = (
     # ---- what is written -------------------------------------------------------------------------
     Fault(
         "the gradient is not written where it is 0",
-        "  } else if (write_zeros) {\n",
-        "  } else if (false) {\n",
+        "if (is_valid && !with_pose && cells.writes_zeros()) ",
+        "if (false) ",
         message="gradient at .* is nan",
     ),
 )
