@@ -1,5 +1,5 @@
-// The loops for x86-64 machines with AVX2 and F16C. A pragma, not a flag, allows these instructions,
-// so that templates of the standard library, included before it, keep to the baseline.
+// The loops for x86-64 machines with AVX2 and F16C. A pragma enables these instructions, not a
+// flag, so that templates of the standard library, included before it, keep to the baseline.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
