@@ -67,10 +67,23 @@ lint: $(STAMPS)/lint $(STAMPS)/built
 	database=$$(ls -td build/temp.* | head -1) && \
 	  $(PY) -m ninja -C "$$database" -t compdb compile | sed 's#-I\([^ ]*/site-packages/\)#-isystem\1#g' \
 	    > "$$database/compile_commands.json" && \
-	  $(CLANG_TIDY) --quiet -p "$$database" $(TIDIED)
+	  echo $(TIDIED) | xargs -n 1 -P 2 $(CLANG_TIDY) --quiet -p "$$database"
 
-wheel: $(STAMPS)/torch
-	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+# The source distribution, and the wheel that it builds; LOCAL=+cu126 ends the wheel's version. All
+# dates are the commit's, so that a commit always gives the same bytes. See docs/releasing.md.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct || date +%s)
+wheel: $(STAMPS)/wheel
+	rm -rf dist build/sdist && mkdir -p dist build/sdist
+	$(PY) setup.py --quiet sdist --formats=tar --dist-dir build/sdist
+	cd build/sdist && tar -xf *.tar && tar -c --sort=name --mtime=@$$SOURCE_DATE_EPOCH --mode=go=rX \
+	  --owner=0 --group=0 --numeric-owner fcrn_fused-*/ | gzip -n > ../../dist/$$(basename *.tar).gz
+	printf '[egg_info]\ntag_build = $(LOCAL)\n' > build/local.cfg
+	DIST_EXTRA_CONFIG="$(CURDIR)/build/local.cfg" \
+	  $(PY) -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m auditwheel show dist/*.whl
+	$(PY) -m zipfile --list dist/*.whl
+	cd dist && sha256sum *
 
 docs: $(STAMPS)/built docs/requirements.txt
 	$(INSTALL) -r docs/requirements.txt
@@ -105,6 +118,10 @@ $(STAMPS)/extras: $(STAMPS)/torch $(EXTRA_REQUIREMENTS)
 
 $(STAMPS)/test: $(STAMPS)/torch pyproject.toml
 	$(INSTALL) pytest pytest-xdist hypothesis keras nvidia-cuda-nvdisasm
+	@touch $@
+
+$(STAMPS)/wheel: $(STAMPS)/torch
+	$(INSTALL) twine auditwheel
 	@touch $@
 
 LINTERS := ruff mypy clang-format 'clang-tidy==22.*'

@@ -4,6 +4,7 @@
     nox -s "compat(torch='2.13.0')"      # one; a CUDA build of PyTorch takes some GB
     nox -s compilers                     # every compiler that is here
     nox -s installs                      # every way to install, and what a user is told
+    nox -s reproducible                  # two builds of the same sources give the same bytes
     nox -s arm64                         # built for arm64 and tested there, under emulation
     nox -s sanitize                      # CPU kernels with AddressSanitizer and UBSan
     nox -s compat -- -k definition       # arguments for pytest
@@ -56,19 +57,19 @@ TEST_REQUIREMENTS = ("numpy", "pytest>=8", "hypothesis>=6.100", "pybind11>=2.13"
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Build the source distribution, and from it the wheel, under the oldest of the versions."""
-    _install(
-        session, f"torch=={BUILT_WITH}", "numpy", "ninja", "pybind11", "setuptools>=77", "wheel"
-    )
-    _check_torch(session, BUILT_WITH)
     shutil.rmtree(WHEELS, ignore_errors=True)
-    # a clean copy, so that nothing of an earlier build gets in
-    source = Path(session.create_tmp()) / "source"
-    _copy_tracked_files(source)
-    with session.chdir(source):
-        session.run("python", "setup.py", "--quiet", "sdist", "--dist-dir", str(WHEELS))
-    (sdist,) = WHEELS.glob("*.tar.gz")
-    command = ["pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-    session.run("python", "-m", *command, "--wheel-dir", str(WHEELS), str(sdist))
+    _make_wheel(session, "source", WHEELS)
+
+
+@nox.session(requires=["wheel"])
+def reproducible(session: nox.Session) -> None:
+    """Build both again in another folder, without ccache, and compare them byte for byte."""
+    again = Path(session.create_tmp()).absolute() / "again"
+    shutil.rmtree(again, ignore_errors=True)
+    _make_wheel(session, "another folder", again, CCACHE_DISABLE="1")
+    for first in sorted(WHEELS.iterdir()):
+        if first.read_bytes() != (again / first.name).read_bytes():
+            session.error(f"{first} and {again / first.name} differ")
 
 
 @nox.session(requires=["wheel"])
@@ -114,7 +115,7 @@ def compilers(session: nox.Session, compiler: str) -> None:
 def installs(session: nox.Session) -> None:
     """The ways to install, in the README's words and others; and what a user is told."""
     torch = f"torch=={TORCH_VERSIONS[1]}"
-    _install(session, torch, "numpy", "ninja", "pybind11", "setuptools>=77", "wheel")
+    _install(session, torch, "numpy", "ninja", "pybind11", "setuptools>=77", "wheel", "uv")
     clone = Path(session.create_tmp()).absolute() / "clone"
     _copy_tracked_files(clone)
     session.chdir(clone)
@@ -134,6 +135,12 @@ def installs(session: nox.Session) -> None:
     # the README's three lines, the last in the clone and outside
     session.run(*pip, "install", "--quiet", "--no-build-isolation", ".")
     expect("cpu: fused", *config)
+    session.chdir("/")
+    expect("cpu: fused", *config)
+    session.run(*pip, "uninstall", "--quiet", "--yes", "fcrn_fused")
+
+    session.chdir(clone)
+    session.run("python", "-m", "uv", "pip", "install", "--quiet", "--python", "python", ".")
     session.chdir("/")
     expect("cpu: fused", *config)
     session.run(*pip, "uninstall", "--quiet", "--yes", "fcrn_fused")
@@ -201,6 +208,19 @@ def sanitize(session: nox.Session) -> None:
 def _install(session: nox.Session, *packages: str) -> None:
     if not isinstance(session.virtualenv, PassthroughEnv):
         session.install(*packages)
+
+
+def _make_wheel(session: nox.Session, name: str, into: Path, **environment: str) -> None:
+    """Run `make wheel` in a clean copy of the repository, in a folder of that name."""
+    packages = ("numpy", "ninja", "pybind11", "setuptools>=77", "wheel", "twine", "auditwheel")
+    _install(session, f"torch=={BUILT_WITH}", *packages)
+    _check_torch(session, BUILT_WITH)
+    copy = Path(session.create_tmp()).absolute() / name
+    _copy_tracked_files(copy)
+    environment |= {"SOURCE_DATE_EPOCH": "1577836800"}
+    with session.chdir(copy):
+        session.run("make", "wheel", "VENV=", "PYTHON=python", external=True, env=environment)
+    shutil.copytree(copy / "dist", into)
 
 
 def _check_torch(session: nox.Session, version: str) -> None:

@@ -45,6 +45,12 @@ DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
 # The stable ABI of this version, TORCH_TARGET_VERSION below, is part of all later ones.
 OLDEST_TORCH = (2, 11)
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# No debug information, which is ten times the code, unless CFLAGS ask for it; and no path of this
+# machine in error messages, so that the same sources give the same bytes anywhere.
+os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"
+if not import_problem:
+    folders = (Path.cwd(), sysconfig.get_paths()["include"], Path(torch.__file__).parents[1])
+    FLAGS += [f"-ffile-prefix-map={folder}=." for folder in folders]
 # Without contraction, all instruction sets compute the same bits.
 CXX_FLAGS = [*FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -200,7 +206,8 @@ class BuildKernels(BuildExtension):
         built = {Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions}
         for left_over in {*package.glob("_C.*"), *package.glob("_cuda.*")} - built:
             left_over.unlink()
-        info["version"] = self.distribution.get_version()
+        # without the local part that a wheel's version may have
+        info["version"] = self.distribution.get_version().partition("+")[0]
         (package / "_build_info.py").write_text(f"# By setup.py.\nINFO = {pformat(info)}\n")
         for device in ("cpu", "cuda"):
             if problem := info[f"{device}_problem"]:

@@ -1,23 +1,28 @@
 """What setup.py builds, and the sentence where it builds less: the compilers are played by scripts.
 
-Each case runs `setup.py build_ext --inplace` on a copy of the sources, in a process forked from one
-that has imported PyTorch. `nox -s builds` does the same with the compilers themselves.
+Each case runs `setup.py` on a copy of the sources, in a process forked from one that has imported
+PyTorch. `nox -s compilers`, `installs` and `reproducible` run the compilers themselves.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+
+from fcrn_fused import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = """
@@ -40,7 +45,7 @@ def build(case, capabilities):
     del sys.modules["torch.utils.cpp_extension"]
     if "torch" not in case["missing"]:
         del torch.utils.cpp_extension
-    sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
+    sys.argv = ["setup.py", "--quiet", *case["command"]]
     runpy.run_path("setup.py", run_name="__main__")
 
 for case in json.load(open(sys.argv[1])):
@@ -96,6 +101,7 @@ class Outcome(NamedTuple):
     info: dict[str, str | None]  # what the package will say; empty if nothing was built
     modules: set[str]  # "_C", "_cuda"
     commands: str  # what was called
+    wheel: list[zipfile.ZipInfo]  # what it holds
 
 
 class Case(NamedTuple):
@@ -108,6 +114,7 @@ class Case(NamedTuple):
     capabilities: tuple[tuple[int, int], ...] = ()  # of the GPUs in the machine
     missing: tuple[str, ...] = ()  # packages
     folder: str = "sources"
+    command: tuple[str, ...] = ("build_ext", "--inplace")
 
 
 def mode(name: str, **variables: str) -> dict[str, str]:
@@ -117,6 +124,8 @@ def mode(name: str, **variables: str) -> dict[str, str]:
 CUDA_13: dict[str, Any] = {"torch_cuda": "13.0", "nvcc": "13.0"}
 CUDA_124: dict[str, Any] = {"torch_cuda": "12.6", "nvcc": "12.4", "codes": "sm_75 sm_80 sm_90"}
 NO_COMPILER = {"CXX": "/nowhere/c++"}
+WHEEL: dict[str, Any] = {"command": ("bdist_wheel",), **CUDA_13}
+YEAR_2020 = {"SOURCE_DATE_EPOCH": "1577836800"}
 CASES = {
     "cpu": Case(),
     "cuda": Case(**CUDA_13),
@@ -153,6 +162,8 @@ CASES = {
     "Hopper;": Case({"TORCH_CUDA_ARCH_LIST": "Hopper;"}, **CUDA_13),
     "native": Case({"TORCH_CUDA_ARCH_LIST": "native"}, **CUDA_13, capabilities=((9, 0),)),
     "native without a GPU": Case({"TORCH_CUDA_ARCH_LIST": "native"}, **CUDA_13),
+    "wheel": Case(YEAR_2020, **WHEEL),
+    "wheel, local version": Case({"DIST_EXTRA_CONFIG": "local.cfg"}, **WHEEL),
 }
 
 
@@ -172,6 +183,7 @@ def prepare(case: Case, home: Path) -> dict[str, Any]:
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
     shutil.copytree(ROOT / "fcrn_fused", folder / "fcrn_fused", ignore=compiled)
+    (folder / "local.cfg").write_text("[egg_info]\ntag_build = +cu130\n")
     log, toolkit = home / "commands", home / "toolkit"
     log.touch()
     cxx = script(home / "g++", CXX.format(log=log))
@@ -217,12 +229,18 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 def outcome(folder: Path, log: Path) -> Outcome:
     package = folder / "fcrn_fused"
     info = package / "_build_info.py"
+    wheel: list[zipfile.ZipInfo] = []
+    for path in folder.glob("dist/*.whl"):
+        with zipfile.ZipFile(path) as archive:
+            archive.extract("fcrn_fused/_build_info.py", folder)
+            wheel = archive.infolist()
     return Outcome(
         int((folder / "status").read_text()),
         (folder / "output").read_text(),
         runpy.run_path(str(info))["INFO"] if info.exists() else {},
         {path.name.partition(".")[0] for path in package.glob("*.so")},
         log.read_text(),
+        wheel,
     )
 
 
@@ -231,7 +249,7 @@ Outcomes = dict[str, Outcome]
 
 @pytest.mark.parametrize("name", ["cpu", "flags"])
 def test_a_cpu_build_of_pytorch_has_cpu_kernels(outcomes: Outcomes, name: str) -> None:
-    status, output, info, modules, _ = outcomes[name]
+    status, output, info, modules, *_ = outcomes[name]
     assert status == 0, output
     assert modules == {"_C"}
     assert info["cpu_problem"] is None
@@ -254,7 +272,7 @@ def test_flags_of_the_user_reach_the_compiler_and_the_linker(outcomes: Outcomes)
     "name", ["cuda", "cuda in a path with a space", "ccache", "nvcc of another minor version"]
 )
 def test_a_cuda_build_of_pytorch_has_both(outcomes: Outcomes, name: str) -> None:
-    status, output, info, modules, commands = outcomes[name]
+    status, output, info, modules, commands, _ = outcomes[name]
     assert status == 0, output
     assert modules == {"_C", "_cuda"}
     assert info["cpu_problem"] is info["cuda_problem"] is None
@@ -268,7 +286,7 @@ def test_a_cuda_build_of_pytorch_has_both(outcomes: Outcomes, name: str) -> None
 
 @pytest.mark.parametrize("name", ["none", "none without torch"])
 def test_none_builds_nothing(outcomes: Outcomes, name: str) -> None:
-    status, output, info, modules, commands = outcomes[name]
+    status, output, info, modules, commands, _ = outcomes[name]
     assert status == 0, output
     assert modules == set()
     assert commands == ""
@@ -285,7 +303,7 @@ ALL = {
 
 @pytest.mark.parametrize(("name", "problem"), ALL.items(), ids=list(ALL))
 def test_without_cpu_kernels_auto_says_why(outcomes: Outcomes, name: str, problem: str) -> None:
-    status, output, info, modules, _ = outcomes[name]
+    status, output, info, modules, *_ = outcomes[name]
     assert status == 0, output
     assert modules == set()
     assert info["cpu_problem"] == info["cuda_problem"] == problem
@@ -313,7 +331,7 @@ CUDA = {
 def test_without_cuda_kernels_auto_builds_the_others(
     outcomes: Outcomes, name: str, problem: str
 ) -> None:
-    status, output, info, modules, _ = outcomes[name]
+    status, output, info, modules, *_ = outcomes[name]
     assert status == 0, output
     assert modules == {"_C"}
     assert info["cpu_problem"] is None
@@ -365,7 +383,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize(("name", "wanted"), ARCHITECTURES.items(), ids=list(ARCHITECTURES))
 def test_architectures(outcomes: Outcomes, name: str, wanted: str) -> None:
-    status, output, info, modules, _ = outcomes[name]
+    status, output, info, modules, *_ = outcomes[name]
     assert status == 0, output
     assert modules == {"_C", "_cuda"}
     assert info["architectures"] == wanted
@@ -376,6 +394,32 @@ def test_an_entry_that_is_left_out_is_named(outcomes: Outcomes) -> None:
         "nvcc 13.0 cannot compile for sm_70, which is left out"
         in outcomes["one entry unknown"].output
     )
+
+
+def test_a_wheel_holds_the_package_and_nothing_else(outcomes: Outcomes) -> None:
+    for name, version in (("wheel", __version__), ("wheel, local version", f"{__version__}+cu130")):
+        status, output, info, _, _, wheel = outcomes[name]
+        assert status == 0, output
+        assert info["version"] == __version__
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        package = {path.name for path in (ROOT / "fcrn_fused").glob("*.py")}
+        package |= {"_build_info.py", "py.typed", f"_C{suffix}", f"_cuda{suffix}"}
+        about = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
+        held = [each.filename for each in wheel]
+        assert sorted(held) == sorted(
+            [f"fcrn_fused/{name}" for name in package]
+            + [f"fcrn_fused-{version}.dist-info/{name}" for name in about]
+        )
+
+
+def test_a_wheel_says_neither_when_nor_where_it_was_built(outcomes: Outcomes) -> None:
+    """The dates are the environment's; the compilers are told to leave out the folder."""
+    *_, commands, wheel = outcomes["wheel"]
+    assert {each.date_time for each in wheel} == {(2020, 1, 1, 0, 0, 0)}
+    compiled = [line for line in commands.splitlines() if "csrc" in line and " -c " in line]
+    assert len(compiled) >= 4
+    folder = re.search(r"(\S+)/csrc/ops\.cpp", commands)[1]
+    assert all(f"-ffile-prefix-map={folder}=." in line for line in compiled)
 
 
 def test_a_later_build_in_place_removes_what_is_no_longer_built(

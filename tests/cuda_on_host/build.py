@@ -117,14 +117,26 @@ class _Object:
     headers: tuple[Path, ...]  # what it is made of, beside its source
     csrc: Path
 
+    prelude: Path | None = None  # a header to compile once, and to include first
+
     def compiled(self) -> Path:
         # Where csrc is makes no difference, only what is in it.
         key = _digest([_compiler_version(), *_FLAGS, *self.flags], [self.source, *self.headers])
         target = CACHE / "objects" / f"{self.source.stem}-{key}.o"
         include = [f"-I{folder}" for folder in (HERE / "include", HERE, self.csrc)]
+        if self.prelude:
+            include += ["-include", str(_precompiled(self.prelude, self.flags))]
         command = [compiler(), *_FLAGS, *self.flags, *include, "-c", str(self.source)]
         _make(target, command)
         return target
+
+
+def _precompiled(header: Path, flags: tuple[str, ...]) -> Path:
+    """What to include for a header to be read from its compiled form beside it."""
+    key = _digest([_compiler_version(), *_FLAGS, *flags], [header])
+    target = CACHE / "objects" / f"{header.stem}-{key}.h.gch"
+    _make(target, [compiler(), *_FLAGS, *flags, "-x", "c++-header", str(header)])
+    return target.with_suffix("")
 
 
 def program(name: str, build: str = "plain", *, csrc: Path = CSRC) -> Path:
@@ -135,7 +147,11 @@ def program(name: str, build: str = "plain", *, csrc: Path = CSRC) -> Path:
     kernels = (*descriptions, *csrc.glob("cuda/*.cuh"))
     uses_csrc = name == "run_pass"
     main = _Object(
-        HERE / f"{name}.cpp", (*how.flags, *how.kernel_flags), kernels if uses_csrc else shim, csrc
+        HERE / f"{name}.cpp",
+        (*how.flags, *how.kernel_flags),
+        kernels if uses_csrc else shim,
+        csrc,
+        HERE / "prelude.h" if uses_csrc else None,
     )
     harness = {"fiber": shim, "grid": shim, "race_check": shim}
     if uses_csrc:
