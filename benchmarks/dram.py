@@ -97,7 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("ncu was not found on PATH or under CUDA_HOME")
     command = [ncu, "--clock-control", "none", "--csv", "--print-units", "base"]
     command += ["--metrics", ",".join(METRICS), "--kernel-name-base", "demangled"]
-    command += ["--kernel-name", f"regex:{OURS}|{MARKER}", sys.executable, __file__, "--workload"]
+    command += [
+        "--kernel-name",
+        f"regex:.*(fcrn|{MARKER}).*",
+        sys.executable,
+        __file__,
+        "--workload",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     rows = make_rows(run.stdout, TASKS)
     print(align(table(rows), 2))

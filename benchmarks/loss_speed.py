@@ -290,7 +290,7 @@ def floor_seconds(group: dict[str, Row]) -> float | None:
 
 
 def table(rows: Sequence[Row], *, seconds: bool = True) -> list[list[str]]:
-    """Head and lines: the time of ours, how many times as long the others take, the floor's share."""
+    """Head and lines: the time of ours, how many times as long the others take, the floor."""
     groups = list(by_case(rows))
     peers = [name for name in CONTENDERS[1:] if any(name in group for _, group in groups)]
     clocks = len({ours["clock"] for ours, _ in groups}) > 1

@@ -65,7 +65,7 @@ ARCHITECTURES = (
 def cuda_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: on PATH, in a toolkit, or from its package on PyPI."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    folders = [Path(home, "bin") for home in homes if home]
+    folders = [Path(home, each) for home in homes if home for each in ("bin", "compute-sanitizer")]
     package = importlib.util.find_spec("nvidia")
     for location in (package.submodule_search_locations or ()) if package else ():
         folders += Path(location).glob("*/bin")

@@ -242,7 +242,9 @@ def write_json(record: dict[str, Any], path: Path) -> None:
         else:
             lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    new = path.with_suffix(".new")  # a process that is ended leaves no half of a file
+    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    new.replace(path)
 
 
 def read_json(path: Path, benchmark: str) -> dict[str, Any]:

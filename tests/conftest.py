@@ -64,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "sanitizer: for compute-sanitizer, every kernel in small sizes"
     )
+    config.addinivalue_line("markers", "xdist_group(name): run by one process of pytest-xdist")
     missing = [
         f"{implementation}: {implementation.why_not()}"
         for implementation in IMPLEMENTATIONS
@@ -80,6 +81,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         devices = (str(parameters.get(name)) for name in ("impl", "fused", "device"))
         if any(each.endswith("cuda") for each in devices):
             item.add_marker("cuda")
+        code = getattr(getattr(item, "function", None), "__code__", None)
+        if code and "needs_memory" in code.co_names:
+            item.add_marker(pytest.mark.xdist_group("memory"))  # one after another
     if "fused-cuda" in config.getoption("--require"):  # the kernels first: the time may be short
         items.sort(key=lambda item: "reference" in item.nodeid)
 
@@ -123,6 +127,14 @@ def device(request: pytest.FixtureRequest) -> str:
     """Each device, for what is the same whoever computes."""
     device: str = request.param
     return device
+
+
+@pytest.fixture(autouse=True)
+def _give_gpu_memory_back() -> Iterator[None]:
+    """A large test leaves the memory of the device to those of other processes."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
