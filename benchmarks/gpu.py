@@ -61,10 +61,11 @@ def stages(python: str = sys.executable) -> list[list[Step]]:
     dram = (python, "-u", "benchmarks/dram.py", "--output", str(LOGS / "dram.json"))
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", "fused-cuda")
     no_pytest = None if importlib.util.find_spec("pytest") else "pytest is not installed"
-    tests = (*pytest, "-m", "cuda", "--tb=short", "--durations=15")
+    large = (*pytest, "-m", "cuda and memory", "tests")
+    tests = (*pytest, "-m", "cuda and not memory", "--tb=short", "--durations=15", "tests")
     if importlib.util.find_spec("xdist"):
         processes = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-        tests += ("-n", str(processes), "--dist", "loadgroup")
+        tests += ("-n", str(processes))
     sanitizer = cuda_tool("compute-sanitizer")
     no_sanitizer = no_pytest or (None if sanitizer else "compute-sanitizer was not found")
     checked = (*pytest, "-m", "sanitizer", "tests/test_cuda.py")
@@ -80,7 +81,11 @@ def stages(python: str = sys.executable) -> list[list[Step]]:
         [Step("build", build, 200, (("FCRN_FUSED_BUILD", "cuda"),))],
         [Step("speed", speed, 190)],
         [Step("dram", dram, 120, (), None if cuda_tool("ncu") else "ncu was not found")],
-        [Step("tests", tests, 300, (), no_pytest), *map(sanitize, SANITIZERS)],
+        [
+            Step("tests", tests, 300, (), no_pytest),
+            Step("large", large, 300, (), no_pytest),
+            *map(sanitize, SANITIZERS),
+        ],
     ]
 
 

@@ -85,7 +85,8 @@ class Case(NamedTuple):
         if self.weight_shape == self.shape:
             words.append("a weight for each element")
         elif self.weight_shape:
-            words.append(f"mask ({', '.join(map(str, self.weight_shape))}), {self.pattern} %")
+            percent = self.pattern.partition(":")[2]
+            words.append(f"mask ({', '.join(map(str, self.weight_shape))}), {percent} % count")
         elif self.pattern in ("none", "all"):
             words.append(f"{self.pattern} positive")
         else:

@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "sanitizer: for compute-sanitizer, every kernel in small sizes"
     )
-    config.addinivalue_line("markers", "xdist_group(name): run by one process of pytest-xdist")
+    config.addinivalue_line("markers", "memory: needs so much that no two can run at once")
     missing = [
         f"{implementation}: {implementation.why_not()}"
         for implementation in IMPLEMENTATIONS
@@ -74,6 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("required by --require, but cannot run: " + "; ".join(missing))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what runs on a GPU, so that `-m cuda` leaves out what runs on the CPU alone."""
     for item in items:
@@ -83,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("cuda")
         code = getattr(getattr(item, "function", None), "__code__", None)
         if code and "needs_memory" in code.co_names:
-            item.add_marker(pytest.mark.xdist_group("memory"))  # one after another
+            item.add_marker("memory")
     if "fused-cuda" in config.getoption("--require"):  # the kernels first: the time may be short
         items.sort(key=lambda item: "reference" in item.nodeid)
 
