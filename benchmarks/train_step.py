@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
 import torch
-from inputs import Case, make_inputs
-from loss_speed import Loss, align, format_seconds, losses_for
 from torch import Tensor, nn
 
+import measure
 from fcrn_fused import ops
+from inputs import Case, make_inputs
+from loss_speed import Loss, align, format_seconds, losses_for
 
 LOSSES = ("mse_loss", "eager", "compile", "ours")
 
