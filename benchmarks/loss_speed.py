@@ -363,15 +363,12 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    plain = [
-        (ours, group)
-        for ours, group in by_case(rows)
-        if ours["case"] == Case(tuple(ours["shape"])).label
-        and ours["pass"] == "step"
-        and not ours.get("huge_pages")
-        and not (ours["clock"] == "host" and ours["units"] >= MANY_CELLS // 16 and "cuda" in title)
-    ]
-    plain.sort(key=lambda each: each[0]["units"])
+    of_cells: dict[int, tuple[Row, dict[str, Row]]] = {}
+    for ours, group in sorted(by_case(rows), key=lambda each: each[0]["clock"]):  # device, host
+        is_plain = ours["case"] == Case(tuple(ours["shape"])).label
+        if is_plain and ours["pass"] == "step" and not ours.get("huge_pages"):
+            of_cells.setdefault(ours["units"], (ours, group))
+    plain = [of_cells[units] for units in sorted(of_cells)]
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for name in CONTENDERS:
         points = [(ours["units"], group[name]) for ours, group in plain if name in group]
