@@ -14,9 +14,9 @@ GradScaler. Beside `fcrn_loss`, or `masked_mse_loss` where there is a weight, ar
     mse_loss(weight)  F.mse_loss(weight=), where the loss is masked
     eager             the same loss as one writes it by hand
     compile           torch.compile of that; on large inputs of a GPU also compile-max-autotune
-    fill, copy        no losses but bounds: zeros written to a new gradient and a read of the
-                      confidence maps; a copy that moves as many bytes as ours has to move. The
-                      faster of the two, scaled to the bytes of ours, is the floor.
+    fill, copy        no losses but bounds, which move as many bytes as ours has to move: zeros
+                      written to a new gradient, and the rest read; and a copy. The faster of the
+                      two is the floor.
 
 On a GPU, "device" is the time of a replayed CUDA graph of the call, over inputs that are rotated
 where they would stay in the cache, and "host" the host's clock with the device waited for, which is
@@ -166,23 +166,21 @@ def call_of(loss: Loss, inputs: Inputs, pass_: str) -> measure.Call:
     return step
 
 
-def bound_of(name: str, case: Case, pass_: str, inputs: Inputs, wanted: float) -> Any:
-    """A call that moves memory and computes nothing, and the bytes that it moves."""
-    pred, target = inputs.pred.detach(), inputs.target
-    if name == "copy":
-        source = torch.zeros(max(1, int(wanted / 8)), dtype=torch.int32, device=pred.device)
-        return source.clone, 2 * source.numel() * source.element_size()
-    reads = [each[:, -1] if case.layout == "contiguous" else each for each in (pred, target)]
-    moved = sum(each.numel() * each.element_size() for each in reads)
-    writes = pass_ != "no_grad"
+def bounds_for(inputs: Inputs, pass_: str, wanted: float) -> dict[str, measure.Call]:
+    """Calls that move the bytes that ours has to move, and compute nothing."""
+    pred = inputs.pred.detach()
+    written = 0 if pass_ == "no_grad" else pred.numel() * pred.element_size()
+    read, copied = (
+        torch.ones(max(1, int(size / 8)), dtype=torch.int64, device=pred.device)
+        for size in (wanted - written, wanted / 2)
+    )
 
     def fill() -> None:
-        if writes:
+        if written:
             torch.empty_like(pred).zero_()
-        for each in reads:
-            each.amax()
+        read.sum()
 
-    return fill, moved + writes * pred.numel() * pred.element_size()
+    return {"fill": fill, "copy": copied.clone}
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -197,14 +195,11 @@ def measure_case(
     wanted = expected_bytes(case, inputs.chosen, pass_, device.type)
     losses = losses_for(case, pass_, inputs)
     rotated = _rotation(inputs)
-    calls: dict[str, list[measure.Call]] = {}
-    for name, loss in losses.items():
-        calls[name] = [call_of(loss, each, pass_) for each in rotated]
-    moved = {"ours": wanted}
-    for name in BOUNDS if case.weight_shape is None and pass_ != "scaled" else ():
-        bounds = [bound_of(name, case, pass_, each, wanted) for each in rotated]
-        calls[name], moved[name] = [call for call, _ in bounds], bounds[0][1]
-
+    calls = {
+        name: [call_of(loss, each, pass_) for each in rotated] for name, loss in losses.items()
+    }
+    bounds = [bounds_for(each, pass_, wanted) for each in rotated]
+    calls |= {name: [each[name] for each in bounds] for name in BOUNDS}
     what = {**case._asdict(), "case": case.label, "pass": pass_, "units": case.units}
     failures: list[Row] = []
 
@@ -234,7 +229,7 @@ def measure_case(
             rows.append(
                 {**what, "contender": name, "clock": clock, "median_s": median, "low_s": low}
                 | {"high_s": high, "rounds_s": [float(f"{each:.4g}") for each in seconds]}
-                | {"bytes": moved.get(name), "peak_bytes": peaks[name]}
+                | {"bytes": wanted, "peak_bytes": peaks[name]}
                 | {"gradient_bytes": inputs.pred.numel() * inputs.pred.element_size()}
             )
     return rows + failures
@@ -281,12 +276,8 @@ def by_case(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
 
 
 def floor_seconds(group: dict[str, Row]) -> float | None:
-    """The least time in which a bound moves the bytes that ours has to move."""
-    wanted = group["ours"]["bytes"]
-    times = [
-        group[name]["median_s"] * wanted / group[name]["bytes"] for name in BOUNDS if name in group
-    ]
-    return min(times, default=None)
+    """The time of the faster bound."""
+    return min((group[name]["median_s"] for name in BOUNDS if name in group), default=None)
 
 
 def table(rows: Sequence[Row], *, seconds: bool = True) -> list[list[str]]:
