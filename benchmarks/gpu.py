@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import hashlib
 import importlib.util
 import json
 import os
@@ -151,14 +150,6 @@ def verdict(name: str, returncode: int, log: str) -> tuple[str, str]:
     return status, re.sub(r"(?<![\w.:])/(?:[\w.+-]+/)+", "", detail)[:500]
 
 
-def sources() -> str:
-    """A digest of what is compiled and of what it is compiled for."""
-    digest = hashlib.sha256(f"{torch.__version__} {torch.cuda.get_device_capability()}".encode())
-    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def rows_of(name: str) -> list[dict[str, Any]]:
     """The figures that a step has written, as far as it came."""
     path = LOGS / f"{name}.json"
@@ -193,19 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "_", record["device"]["name"].lower())
     path = options.output or measure.RESULTS / f"gpu_{name}.json"
     shutil.rmtree(LOGS, ignore_errors=True)
-    stamp = ROOT / "build" / "gpu_sources"
     for stage in filter(None, chosen):
-        if stage[0].name == "build" and stamp.exists() and stamp.read_text() == sources():
-            print("skipped  build: it is up to date", flush=True)
-            continue
         left = options.time_limit - (time.monotonic() - started) - _FOR_SIGINT
         left -= _FOR_TESTS if stage[0].name in ("speed", "dram") and "tests" in options.only else 0
         with concurrent.futures.ThreadPoolExecutor(len(stage)) as pool:
             entries = list(
                 pool.map(lambda step, left=left: run(step, min(step.limit, left)), stage)
             )
-        if entries[0]["name"] == "build" and entries[0]["status"] == "passed":
-            stamp.write_text(sources())
         record["steps"] += entries
         record["seconds"] = round(time.monotonic() - started, 1)
         record["rows"], record["dram"] = rows_of("speed"), rows_of("dram")

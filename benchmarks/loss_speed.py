@@ -62,7 +62,8 @@ MASKED = [
     Case((32, 512, 64), "first:60", weight_shape=(32, 512, 1)),  # padded sequences
     Case((64, 17, 64, 48), "first:47", weight_shape=(64, 17, 1, 1)),  # visible joints
 ]
-MANY_CELLS = 2**22  # device time alone from here on, host time alone below 1/16 of it
+BOUND_BY_BYTES = 2**18  # cells: smaller inputs are bound by the host, and have no device time
+MANY_CELLS = 2**22  # from here on device time alone
 _LOSS_SCALE = 16384.0
 
 
@@ -220,7 +221,7 @@ def measure_case(
     timers: dict[str, dict[str, measure.Timer]] = {}
     if device.type == "cpu" or case.units < MANY_CELLS:
         timers["host"] = {name: measure.host_timer(same[0], device) for name, same in calls.items()}
-    if device.type == "cuda" and case.units >= MANY_CELLS // 16:
+    if device.type == "cuda" and case.units >= BOUND_BY_BYTES:
         timers["device"] = without_failing(lambda name: measure.graph_timer(calls[name]), "device")
     rows: list[Row] = []
     for clock, of_clock in timers.items():
@@ -293,7 +294,7 @@ def table(rows: Sequence[Row], *, seconds: bool = True) -> list[list[str]]:
         for name in peers:
             times = group[name]["median_s"] / ours["median_s"] if name in group else None
             line.append(f"{times:.2f}x" if times else "-")
-        floor = floor_seconds(group)
+        floor = floor_seconds(group) if ours["units"] >= BOUND_BY_BYTES else None
         line.append(f"{floor / ours['median_s']:.0%}" if floor else "-")
         lines.append([*line, f"{ours['bytes'] / ours['units']:.1f}"])
     return lines
@@ -362,23 +363,19 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     plain = [of_cells[units] for units in sorted(of_cells)]
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for name in CONTENDERS:
-        points = [(ours["units"], group[name]) for ours, group in plain if name in group]
+        points = [
+            (ours["units"], group[name]["median_s"]) for ours, group in plain if name in group
+        ]
         if points:
-            median = [row["median_s"] * 1e3 for _, row in points]
-            low = [(row["median_s"] - row["low_s"]) * 1e3 for _, row in points]
-            high = [(row["high_s"] - row["median_s"]) * 1e3 for _, row in points]
             width = 2.5 if name == "ours" else 1.5
-            cells = [units for units, _ in points]
-            axes.errorbar(cells, median, yerr=[low, high], label=name, marker="o", linewidth=width)
-    floors = [(ours, floor_seconds(group)) for ours, group in plain]
-    if all(floor and floor <= ours["median_s"] for ours, floor in floors):
-        cells, times = (
-            [o["units"] for o, _ in floors],
-            [floor * 1e3 for _, floor in floors if floor],
-        )
-        axes.plot(cells, times, ":", color="black", label="floor")
+            axes.plot(*zip(*points, strict=True), "o-", label=name, linewidth=width)
+    floors = [floor_seconds(group) for _, group in plain]
+    if all(
+        each and each <= ours["median_s"] for each, (ours, _) in zip(floors, plain, strict=True)
+    ):
+        axes.plot([ours["units"] for ours, _ in plain], floors, ":", color="black", label="floor")
     axes.set(xscale="log", yscale="log", xlabel="cells (B x H x W)")
-    axes.set_ylabel("forward and backward, ms")
+    axes.set_ylabel("forward and backward, seconds")
     axes.set_title(title, fontsize=10)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()

@@ -138,7 +138,6 @@ def test_a_whole_run_with_a_step_that_fails_stops_no_other(tmp_path, monkeypatch
     device = {"type": "cuda", "name": "Made Up 9000"}
     monkeypatch.setattr(gpu, "stages", lambda: steps)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "sources", lambda: "none")
     monkeypatch.setattr(measure, "describe_device", lambda _: device)
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     assert gpu.main([]) == 1
