@@ -68,8 +68,9 @@ def stages(python: str = sys.executable) -> list[list[Step]]:
     sanitizer = cuda_tool("compute-sanitizer")
     no_sanitizer = no_pytest or (None if sanitizer else "compute-sanitizer was not found")
     checked = (*pytest, "-m", "sanitizer", "tests/test_cuda.py")
+    threads = (("OMP_NUM_THREADS", "2"),)  # a dozen processes share the host
     # a block of memory for each tensor, so that one cannot be overrun into the next unseen
-    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    uncached = (*threads, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"))
 
     def sanitize(tool: str) -> Step:
         command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
@@ -81,8 +82,8 @@ def stages(python: str = sys.executable) -> list[list[Step]]:
         [Step("speed", speed, 190)],
         [Step("dram", dram, 120, (), None if cuda_tool("ncu") else "ncu was not found")],
         [
-            Step("tests", tests, 300, (), no_pytest),
-            Step("large", large, 300, (), no_pytest),
+            Step("tests", tests, 300, threads, no_pytest),
+            Step("large", large, 300, threads, no_pytest),
             *map(sanitize, SANITIZERS),
         ],
     ]
@@ -95,6 +96,7 @@ def run(step: Step, limit: float) -> dict[str, Any]:
     if step.why_not is None and limit > 2:
         LOGS.mkdir(parents=True, exist_ok=True)
         log = LOGS / f"{step.name}.log"
+        print(f"running  {step.name}, at most {limit:.0f} s", flush=True)
         environment = {**os.environ, **dict(step.environment)}
         with log.open("w") as file:
             process = subprocess.Popen(
