@@ -65,7 +65,7 @@ ARCHITECTURES = (
 def cuda_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: on PATH, in a toolkit, or from its package on PyPI."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    folders = [Path(home, "bin") for home in homes if home]
+    folders = [Path(home, each) for home in homes if home for each in ("bin", "compute-sanitizer")]
     package = importlib.util.find_spec("nvidia")
     for location in (package.submodule_search_locations or ()) if package else ():
         folders += Path(location).glob("*/bin")
@@ -102,31 +102,17 @@ class Instruction(NamedTuple):
         return bool(self.predicate or depends)
 
 
-def is_load(each: Instruction) -> bool:
-    return re.match(r"LDG?\.", each.opcode) is not None
-
-
-def is_store(each: Instruction) -> bool:
-    return re.match(r"STG?\.", each.opcode) is not None
-
-
-def is_wide_load(each: Instruction) -> bool:
-    return is_load(each) and ".128" in each.opcode
-
-
-def is_wide_store(each: Instruction) -> bool:
-    return is_store(each) and ".128" in each.opcode
-
-
-def is_double_arithmetic(each: Instruction) -> bool:
-    return re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b", each.opcode) is not None
-
-
-def is_double_conversion(each: Instruction) -> bool:
-    return re.match(r"(F2F|I2F|F2I)\b.*64", each.opcode) is not None
-
-
 Which = Callable[[Instruction], bool]
+
+
+def matching(pattern: str) -> Which:
+    return lambda each: re.match(pattern, each.opcode) is not None
+
+
+is_load, is_store = matching(r"LDG?\."), matching(r"STG?\.")
+is_wide_load, is_wide_store = matching(r"LDG?\..*128"), matching(r"STG?\..*128")
+is_double_arithmetic = matching(r"D(ADD|MUL|FMA|SETP|MNMX)\b")
+is_double_conversion = matching(r"(F2F|I2F|F2I)\b.*64")
 
 
 class Flow:
@@ -333,15 +319,15 @@ def _code(cubin: Path) -> dict[str, tuple[Instruction, ...]]:
 
 def _instructions(text: str) -> tuple[Instruction, ...]:
     """A label in an operand becomes the address, in <>."""
-    labelled = re.compile(r"^(\.L\w+):(?=\s+(?:\.L\w+:\s+)*/\*([0-9a-f]+)\*/)", re.MULTILINE)
-    address_of = dict(labelled.findall(text))
+    labelled = r"^(\.L\w+):(?=\s+(?:\.L\w+:\s+)*/\*([0-9a-f]+)\*/)"
+    address_of = dict(re.findall(labelled, text, re.MULTILINE))
     text = re.sub(
         r"`\((\.L\w+)\)|\.L\w+(?!\w*:)", lambda m: f"<{address_of.get(m[1] or m[0])}>", text
     )
-    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?\w+)?\s*([A-Z][\w.]*)\s*(.*);", re.MULTILINE)
+    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?\w+)?\s*([A-Z][\w.]*)\s*(.*);"
     return tuple(
         Instruction(predicate, opcode, operands, int(address, 16))
-        for address, predicate, opcode, operands in line.findall(text)
+        for address, predicate, opcode, operands in re.findall(line, text, re.MULTILINE)
     )
 
 
@@ -360,31 +346,25 @@ def compile_all() -> list[Architecture]:
 def counts(architecture: Architecture, kernel: Kernel) -> dict[str, Any]:
     """What report.py makes its tables of."""
     flow = kernel.flow
+    kinds = {"double_arithmetic": is_double_arithmetic, "double_conversions": is_double_conversion}
     return {
         "architecture": architecture.name,
         "kernel": kernel.title,
         "registers": kernel.registers,
         "blocks": architecture.resident_blocks(kernel.registers),
         "ways": {
-            name: {
-                "instructions": flow.issued(blocks),
-                "double_arithmetic": flow.issued(blocks, is_double_arithmetic),
-                "double_conversions": flow.issued(blocks, is_double_conversion),
-            }
-            for name, blocks in flow.ways().items()
+            way: {"instructions": flow.issued(blocks)}
+            | {name: flow.issued(blocks, which) for name, which in kinds.items()}
+            for way, blocks in flow.ways().items()
         },
     }
 
 
 def main() -> None:
-    import provenance  # by bare name, as the benchmarks import each other when they are run
+    import measure  # by bare name, as the benchmarks import each other when they are run
 
-    parser = argparse.ArgumentParser(
-        prog="machine_code.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    path = provenance.RESULTS / "machine_code.json"
+    parser = argparse.ArgumentParser(prog="machine_code.py", description=__doc__)
+    path = measure.RESULTS / "machine_code.json"
     parser.add_argument("--output", type=Path, default=path, help="default: in benchmarks/results/")
     path = parser.parse_args().output
     rows = [
@@ -394,14 +374,10 @@ def main() -> None:
         if kernel.kind != "strided"
     ]
     release = re.search(r"release ([\d.]+)", output(cuda_tool("nvcc") or "nvcc", "--version"))
-    record = {
-        "benchmark": "machine_code",
-        "nvcc": release and release[1],
-        "git_commit": provenance.git_commit(),
-        "rows": rows,
-    }
-    provenance.write_json(record, path)
-    print(f"written: {path}; `python benchmarks/report.py` makes the tables of it")
+    record = {"benchmark": "machine_code", "nvcc": release and release[1]}
+    record |= {"git_commit": measure.git_commit(), "rows": rows}
+    measure.write_json(record, path)
+    print(f"written: {path.name}; `python benchmarks/report.py` makes the tables of it")
 
 
 if __name__ == "__main__":

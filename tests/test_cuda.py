@@ -1,21 +1,27 @@
-"""What only a GPU shows: launches, synchronisation, graphs, streams, devices, CPU weights."""
+"""What only a GPU shows: kernels, launches, synchronisation, graphs, streams, devices, sizes."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import oracle
 import pytest
 import torch
-from batches import REDUCTIONS, SCALAR_REDUCTIONS, make_batch
+from batches import REDUCTIONS, SCALAR_REDUCTIONS, make_batch, make_weight
 from implementations import Implementation
-from tolerances import assert_gradient, assert_loss
+from test_large import needs_memory
+from tolerances import GRADIENT_ULPS, LOSS_RTOL, assert_gradient, assert_loss, loss_dtype
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fcrn_fused
 
+pytestmark = pytest.mark.cuda
 SHAPE = (4, 7, 33, 35)
 
 
@@ -47,6 +53,180 @@ def _no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- every kernel --------------------------------------------------------------------------------
+
+HALVES = (torch.float16, torch.bfloat16)
+VECTOR_PAIRS = (
+    (torch.float32, torch.float32),
+    *((half, torch.float32) for half in HALVES),
+    *((half, half) for half in HALVES),
+)
+OTHER_PAIRS = ((torch.float64, torch.float64), (torch.float32, torch.bfloat16))
+# the kernel, the dtypes of pred and target, and the reductions that it computes
+KERNELS = [
+    *itertools.product(["planar", "interleaved"], VECTOR_PAIRS, [("mean", "positive")]),
+    *itertools.product(["general"], VECTOR_PAIRS, [("mean", "cell", "none")]),
+    *itertools.product(["strided"], VECTOR_PAIRS + OTHER_PAIRS, [("mean", "cell")]),
+]
+
+
+def inputs_of(
+    kernel: str, pred_dtype: torch.dtype, target_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """`(pred, target, settings)` for which that kernel is chosen, on several blocks."""
+    shape = (5, 7, 13, 13) if kernel == "strided" else (5, 7, 32, 32)
+    pred, target = make_batch(
+        shape, dtype=pred_dtype, target_dtype=target_dtype, ignored=0.1, requires_grad=False
+    )
+    if kernel == "interleaved":
+        pred, target = (
+            each.contiguous(memory_format=torch.channels_last) for each in (pred, target)
+        )
+    settings = {"negative_weight": 0.25, "coord_weight": [1.0, 2.0, 0.5, 1.0, 3.0, 1.0]}
+    settings["ignore_value"] = -1.0
+    if kernel == "general":
+        settings["weight"] = make_weight((5, 1, 32, 32), device="cuda")
+    return pred.cuda().requires_grad_(), target.cuda().requires_grad_(), settings
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("kernel", "dtypes", "reductions"), KERNELS, ids=str)
+def test_every_kernel_against_the_loops(
+    kernels: Implementation,
+    kernel: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    reductions: tuple[str, ...],
+) -> None:
+    """Forward, the gradient that it writes, and both gradients computed by backward."""
+    pred, target, settings = inputs_of(kernel, *dtypes)
+    wide = loss_dtype(*dtypes)
+    for reduction in reductions:
+        loss, stats = kernels.loss(pred, target, reduction=reduction, return_stats=True, **settings)
+        truth = oracle.fcrn_loss(pred, target, reduction=reduction, grad_output=2.0, **settings)
+        assert_loss(loss, truth.loss, wide)
+        assert_loss(stats.coord, truth.coord, wide)
+        assert stats.num_positive.item() == truth.num_positive
+        grad_output = torch.full(loss.shape, 2.0, dtype=wide).cuda()
+        for _ in range(2):
+            grads = torch.autograd.grad(loss, (pred, target), grad_output, retain_graph=True)
+            assert_gradient(grads[0], truth.grad, dtypes[0])
+            assert_gradient(grads[1], -truth.grad, dtypes[1])
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("weight_shape", [(5, 1, 32, 32), (5, 7, 32, 32), (1, 7, 1, 1)], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES, torch.float64], ids=str)
+def test_every_kernel_of_the_masked_loss(
+    kernels: Implementation,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    weight_shape: tuple[int, ...],
+) -> None:
+    pred, target, _ = inputs_of("planar", dtype, dtype)
+    weight = make_weight(weight_shape, weight_dtype, device="cuda")
+    loss = kernels.masked_loss(pred, target, weight)
+    value, gradient = oracle.masked_mse_loss(pred, target, weight, grad_output=2.0)
+    assert_loss(loss, value, loss_dtype(dtype, dtype))
+    grad_output = torch.full((), 2.0, dtype=loss.dtype).cuda()
+    grads = torch.autograd.grad(loss, (pred, target), grad_output)
+    assert_gradient(grads[0], gradient, dtype)
+    assert_gradient(grads[1], -gradient, dtype)
+
+
+@pytest.mark.parametrize(("kernel", "dtypes", "reductions"), KERNELS, ids=str)
+def test_the_kernel_that_is_meant_is_run(
+    kernels: Implementation,
+    kernel: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    reductions: tuple[str, ...],
+) -> None:
+    """The two tests above reach the kernels that they name."""
+    pred, target, settings = inputs_of(kernel, *dtypes)
+    for reduction in reductions:
+        names = kernel_names(
+            lambda reduction=reduction: kernels.loss(pred, target, reduction=reduction, **settings)
+        )
+        wanted = "planar" if kernel == "general" else kernel
+        assert [name for name in names if f"{wanted}_kernel" in name] == names, names
+
+
+# ---- sizes at which a float64 loss on the device is the truth ------------------------------------
+
+
+def check_image_by_image(
+    kernels: Implementation, pred: Tensor, target: Tensor, reduction: str, grad_output: float
+) -> None:
+    """Loss and gradient of a batch against the definition in float64, an image at a time."""
+    pred.requires_grad_()
+    loss = kernels.loss(pred, target, negative_weight=0.25, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss, pred, torch.full_like(loss, grad_output))
+    divisor = pred.numel() if reduction == "mean" else 1
+    total = torch.zeros((), dtype=torch.float64, device="cuda")
+    eps, smallest = torch.finfo(grad.dtype).eps, torch.finfo(grad.dtype).smallest_normal
+    for image in range(len(pred)):
+        wide = pred.detach()[image : image + 1].double().requires_grad_()
+        wide_target = target[image : image + 1].double()
+        truth = fcrn_fused.reference.fcrn_loss(
+            wide, wide_target, negative_weight=0.25, reduction="sum"
+        )
+        (want,) = torch.autograd.grad(truth * (grad_output / divisor), wide)
+        total += truth.detach() / divisor
+        _, exponent = torch.frexp(want)
+        least = 1 + round(math.log2(smallest))
+        ulp = torch.ldexp(torch.full_like(want, eps), exponent.clamp(min=least) - 1)
+        distance = (grad[image : image + 1].double() - want).abs() / ulp
+        assert distance.max().item() <= GRADIENT_ULPS[grad.dtype], image
+        assert (grad[image : image + 1][want == 0] == 0).all(), image
+    assert loss.item() == pytest.approx(total.item(), rel=LOSS_RTOL[loss.dtype], abs=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", GRADIENT_ULPS, ids=str)
+@pytest.mark.parametrize(("reduction", "grad_output"), [("sum", 0.75), ("mean", 65536.0)])
+def test_a_dense_grid(
+    kernels: Implementation,
+    reduction: str,
+    grad_output: float,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> None:
+    """65536 is the scale of a GradScaler: no gradient of float16 is flushed to 0."""
+    pred, target = make_batch((64, 7, 128, 128), dtype=dtype, positives=0.02, requires_grad=False)
+    pred, target = (each.contiguous(memory_format=layout).cuda() for each in (pred, target))
+    check_image_by_image(kernels, pred, target, reduction, grad_output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_more_than_2_to_the_31_elements(
+    kernels: Implementation, layout: torch.memory_format
+) -> None:
+    needs_memory("cuda", 24)
+    shape = (64, 7, 2200, 2200)
+    generator = torch.Generator("cuda").manual_seed(0)
+    pred, target = (
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout).normal_(
+            generator=generator
+        )
+        for _ in range(2)
+    )
+    for image in target:
+        image[-1].copy_(torch.rand(image[-1].shape, generator=generator, device="cuda") < 0.02)
+    assert pred.numel() > 2**31
+    check_image_by_image(kernels, pred, target, "sum", 1.0)
+
+
+def test_two_hundred_runs_give_the_same_bits(kernels: Implementation) -> None:
+    pred, target = make_batch((64, 7, 128, 128), device="cuda", positives=0.02)
+    want = kernels.loss(pred, target, return_stats=True)
+    want = (want[0], *want[1], *torch.autograd.grad(want[0], pred))
+    for _ in range(200):
+        loss, stats = kernels.loss(pred, target, return_stats=True)
+        got = (loss, *stats, *torch.autograd.grad(loss, pred))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # ---- weights on the CPU --------------------------------------------------------------------------
@@ -86,34 +266,41 @@ def test_a_module_that_nobody_moved(cuda: Implementation) -> None:
 
 
 def kernel_names(run: object) -> list[str]:
-    """The kernels that `run` launches, autograd's own fill of ones left out."""
+    """The kernels that `run` launches.
+
+    Left out are autograd's own fill of ones, copies, and the memset of the four bytes by which the
+    blocks of a launch count each other.
+    """
     run()  # what is set up at the first call is not counted
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
+    left_out = ("Memcpy", "Memset", "FillFunctor")
     return [
         event.name
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
-        and "Memcpy" not in event.name
-        and "FillFunctor" not in event.name
+        and not any(each in event.name for each in left_out)
     ]
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (16, 7, 16, 16), (64, 7, 128, 128)], ids=str)
 @pytest.mark.parametrize("reduction", SCALAR_REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_step_is_two_launches(
-    kernels: Implementation, dtype: torch.dtype, reduction: str
+    kernels: Implementation, dtype: torch.dtype, reduction: str, shape: tuple[int, ...]
 ) -> None:
     module = kernels.module(negative_weight=0.1, reduction=reduction)
-    pred, target = make_batch(SHAPE, dtype=dtype, device="cuda")
-
-    def step() -> None:
-        torch.autograd.grad(module(pred, target), pred)
-
-    names = kernel_names(step)
-    assert 1 <= len(names) <= 2, names
+    pred, target = make_batch(shape, dtype=dtype, device="cuda")
+    for grad_output in (None, torch.tensor(3.0, device="cuda")):
+        names = kernel_names(
+            lambda grad_output=grad_output: torch.autograd.grad(
+                module(pred, target), pred, grad_output
+            )
+        )
+        assert 1 <= len(names) <= 2, names
+        assert all("fcrn::" in name for name in names), names
 
 
 def test_a_loss_without_gradient_is_one_launch(kernels: Implementation) -> None:
@@ -288,6 +475,27 @@ def test_two_streams_and_threads_at_once(cuda: Implementation) -> None:
     with ThreadPoolExecutor(len(shapes)) as pool:
         for future in [pool.submit(work, i) for i in range(len(shapes))]:
             future.result()
+
+
+def test_four_streams_that_nobody_waits_for(cuda: Implementation) -> None:
+    """Launched from one thread, they overlap on the device; each gives the bits it gives alone."""
+    inputs = [make_batch((32, 7, 96, 96), device="cuda", seed=seed) for seed in range(4)]
+    streams = [torch.cuda.Stream() for _ in inputs]
+
+    def step(pred: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        loss, stats = cuda.loss(pred, target, return_stats=True)
+        return (loss.detach(), *stats, *torch.autograd.grad(loss, pred))
+
+    wanted = [step(*each) for each in inputs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        results = []
+        for stream, each in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(*each))
+        torch.cuda.synchronize()
+        for got, want in zip(results, wanted, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_another_device_than_the_current(cuda: Implementation) -> None:

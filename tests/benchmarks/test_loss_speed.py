@@ -1,38 +1,30 @@
-"""benchmarks/loss_speed.py: its arguments, its contenders, its record and its tables."""
+"""benchmarks/loss_speed.py: its cases, its contenders, its record and its tables."""
 
-import getpass
 import json
-import socket
 import subprocess
 import sys
 
-import bars
+import inputs
 import loss_speed
-import provenance
+import measure
 import pytest
 import torch
-import workloads
-from workloads import Case
+from inputs import Case
 
-from fcrn_fused import ops
+from fcrn_fused import fcrn_loss, masked_mse_loss
 
-TINY = ["--sizes", "2x7x16x16", "--rounds", "2", "--round-seconds", "0.001"]
-UNCOMPILED = ["--contenders", "ours", "ours-scaled", "mse_loss", "eager", "floor"]
+CPU = torch.device("cpu")
+TINY = Case((2, 7, 16, 16))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "64x7x128"], "a size is BxCxHxW"),
-        (["--patterns", "many"], "a pattern is none, all"),
+        (["--shapes", "64x7"], "a shape is like"),
+        (["--shapes", "64x7x0"], "a shape is like"),
         (["--dtypes", "int8"], "invalid choice: 'int8'"),
-        (["--rounds", "0"], "a whole number of at least 1"),
-        (["--round-seconds", "-1"], "must be a positive number"),
-        (["--device", "tpu:x"], "--device must be cpu, cuda or cuda:N"),
-        (["--device", "meta"], "--device must be cpu, cuda or cuda:N"),
-        (["--device", "cuda:99"], "this PyTorch finds"),
-        (["--contenders", "compile-max-autotune"], "only with --device cuda"),
-        (["--output", "figures.csv"], "must end in .json"),
+        (["--rounds", "0"], "at least 1"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--compare", "absent.json"], "absent.json: cannot be read"),
     ],
 )
@@ -43,82 +35,66 @@ def test_a_bad_argument_gets_a_clear_message(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_file_of_another_benchmark_is_not_compared(tmp_path, capsys):
-    (tmp_path / "other.json").write_text('{"benchmark": "train_step"}')
-    (tmp_path / "text.json").write_text("figures")
-    for name, message in (("other", "not a result of loss_speed.py"), ("text", "is not JSON")):
-        with pytest.raises(SystemExit):
-            loss_speed.parse_arguments(["--compare", str(tmp_path / f"{name}.json")])
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize(("device", "huge_pages"), [("cpu", False), ("cpu", True), ("cuda", False)])
+def test_the_default_covers_patterns_dtypes_layouts_and_masks(device, huge_pages):
+    cases = [case for case, _ in loss_speed.default_tasks(device, huge_pages)]
+    fcrn = [case for case in cases if case.weight_shape is None]
+    assert {case.pattern for case in fcrn} == {"clustered:2", "scattered:2", "none", "all"}
+    assert {case.dtype for case in fcrn} == {"float32", "bfloat16", "float16"}
+    assert {case.layout for case in fcrn} == {"contiguous", "channels_last"}
+    assert len({case.weight_shape for case in cases}) >= 3
+    shapes = {case.shape for case in fcrn}
+    assert loss_speed.LARGE.shape in shapes
+    assert (loss_speed.HUGE.shape in shapes) == (device == "cuda")
+    assert ((16, 7, 16, 16) in shapes) != huge_pages
 
 
-def test_the_fused_backend_is_refused_where_there_is_none(monkeypatch, capsys):
-    monkeypatch.setattr(ops, "why_not", lambda device_type: "there is no compiler")
-    with pytest.raises(SystemExit):
-        loss_speed.parse_arguments(["--backend", "fused"])
-    assert "--backend fused: there is no compiler" in capsys.readouterr().err
+def test_by_hand_is_the_same_loss():
+    made = inputs.make_inputs(Case((2, 7, 32, 32), "clustered:20"), "cpu")
+    want = fcrn_loss(made.pred, made.target, negative_weight=0.01)
+    got = loss_speed.losses_for(TINY, "step", made)["eager"](made.pred, made.target)
+    torch.testing.assert_close(got, want)
 
 
-def test_the_default_is_every_size_and_one_factor_at_a_time():
-    plan = loss_speed.make_plan(loss_speed.parse_arguments(["--threads", "2"]))
-    assert {case.size for case in plan.cases} == set(workloads.FCRN_SIZES + workloads.DENSE_SIZES)
-    chosen = loss_speed.default_cases(torch.device("cpu"), 2)
-    plain = chosen[3]
-    assert all(sum(a != b for a, b in zip(plain, case, strict=True)) <= 1 for case in chosen)
-    assert {str(case.pattern) for case in chosen} == {"clustered:2", "scattered:2", "none", "all"}
-    assert {case.dtype for case in chosen} == {"float32", "bfloat16", "float16"}
-    assert {case.layout for case in chosen} == {"contiguous", "channels_last"}
-    assert workloads.HUGE_SIZE in {
-        case.size for case in loss_speed.default_cases(torch.device("cuda"), 2)
-    }
-
-
-def test_what_is_chosen_is_combined():
-    arguments = [
-        "--sizes",
-        "1x7x8x8",
-        "2x7x8x8",
-        "--patterns",
-        "none",
-        "all",
-        "--dtypes",
-        "float16",
-    ]
-    plan = loss_speed.make_plan(loss_speed.parse_arguments(arguments))
-    assert len(plan.cases) == 4
-    assert {case.dtype for case in plan.cases} == {"float16"}
-
-
-@pytest.mark.parametrize("study", list(loss_speed.STUDIES))
-def test_a_study_goes_over_many_inputs_of_ours_and_the_floor(study):
-    plan = loss_speed.make_plan(loss_speed.parse_arguments(["--study", study]))
-    assert plan.contenders == ["ours", "floor"]
-    assert plan.passes == ["step"]
-    assert len(plan.cases) >= 5
+@pytest.mark.parametrize("case", loss_speed.MASKED, ids=lambda case: case.label)
+def test_the_weights_suit_their_maps_and_the_peers_compute_the_same(case):
+    made = inputs.make_inputs(case, "cpu")
+    want = masked_mse_loss(made.pred, made.target, made.weight)
+    losses = loss_speed.losses_for(case, "step", made)
+    for name in ("eager", "mse_loss(weight)"):
+        torch.testing.assert_close(losses[name](made.pred, made.target), want)
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("tqdm")
+    """A run of eager contenders, in which one of them fails."""
     path = tmp_path_factory.mktemp("results") / "run.json"
-    arguments = [*TINY, *UNCOMPILED, "--dtypes", "float32", "float16", "--output", str(path)]
-    assert loss_speed.main(arguments) == 0
-    assert path.with_suffix(".png").stat().st_size > 1000
-    return json.loads(path.read_text()), path
+
+    def broken(*_):
+        raise RuntimeError("no kernel\nfor this")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *_, **__: broken)
+        arguments = ["--shapes", "2x7x16x16", "--dtypes", "float32", "float16", "--rounds", "2"]
+        arguments += ["--passes", *loss_speed.PASSES, "--round-seconds", "0.001"]
+        assert loss_speed.main([*arguments, "--output", str(path)]) == 0
+    return json.loads(path.read_text())
 
 
 def test_the_record_has_a_row_for_each_contender_pass_and_dtype(record):
-    rows = record[0]["rows"]
-    got = {(row["contender"], row["pass"], row["case"]["dtype"]) for row in rows}
-    expected = {
+    rows = [row for row in record["rows"] if "median_s" in row]
+    got = {(row["contender"], row["pass"], row["dtype"]) for row in rows}
+    of_pass = {
+        "step": ("ours", "mse_loss", "eager", "fill", "copy"),
+        "no_grad": ("ours", "mse_loss", "fill", "copy"),
+        "scaled": ("ours", "fill", "copy"),
+    }
+    assert got == {
         (name, pass_, dtype)
-        for name in ("ours", "mse_loss", "eager", "floor")
-        for pass_ in loss_speed.PASSES
+        for pass_, names in of_pass.items()
+        for name in names
         for dtype in ("float32", "float16")
     }
-    expected |= {("ours-scaled", "step", dtype) for dtype in ("float32", "float16")}
-    assert got == expected
     for row in rows:
         assert 0 < row["low_s"] <= row["median_s"] <= row["high_s"]
         assert len(row["rounds_s"]) == 2
@@ -126,58 +102,98 @@ def test_the_record_has_a_row_for_each_contender_pass_and_dtype(record):
     assert step["peak_bytes"] >= step["gradient_bytes"]
 
 
-def test_the_record_says_where_it_comes_from_and_not_on_whose_machine(record):
-    written, path = record
-    assert written["versions"]["torch"] == torch.__version__
-    assert written["device"]["type"] == "cpu"
-    assert written["device"]["threads"] >= 1
-    text = path.read_text()
-    for private in (socket.gethostname(), str(path.parent), "/home/", f"/{getpass.getuser()}/"):
-        assert private not in text
+def test_a_contender_that_fails_is_recorded_and_the_others_are_timed(record):
+    failed = [row for row in record["rows"] if "failure" in row]
+    assert {row["contender"] for row in failed} == {"compile"}
+    assert failed[0]["failure"] == "RuntimeError: no kernel"
+
+
+def test_the_table_has_a_line_for_each_case_and_pass(record):
+    head, *lines = loss_speed.table(record["rows"])
+    assert len(lines) == 2 * len(loss_speed.PASSES)
+    assert {"ours", "mse_loss", "eager", "floor / ours", "bytes"} <= set(head)
+    assert "ours" not in loss_speed.table(record["rows"], seconds=False)[0]
+    assert {len(line) for line in lines} == {len(head)}
 
 
 def test_a_run_compared_with_itself_is_not_slower(record):
-    written = record[0]
-    assert "nothing of" in loss_speed.compare(written, written)
+    text, slower = loss_speed.compare(record, record)
+    assert not slower
+    assert "slower" not in text
+    assert len(text.splitlines()) == 2 + sum("median_s" in row for row in record["rows"])
 
 
-def test_what_got_slower_is_printed_and_nothing_else(record):
-    written = record[0]
-    slow = json.loads(json.dumps(written))
-    row = next(row for row in slow["rows"] if row["contender"] == "ours")
-    for name in ("median_s", "low_s", "high_s"):
-        row[name] *= 100
-    lines = loss_speed.compare(written, slow).splitlines()
-    assert "slower than" in lines[0]
-    assert len(lines) == 3
-    assert " ours " in lines[2]
+def test_what_got_slower_is_marked_and_nothing_else(record):
+    slow = json.loads(json.dumps(record))
+    for contender, wanted in (("mse_loss", False), ("ours", True)):
+        row = next(row for row in slow["rows"] if row["contender"] == contender)
+        for name in ("median_s", "low_s", "high_s"):
+            row[name] *= 100
+        text, slower = loss_speed.compare(record, slow)
+        assert slower == wanted
+        assert text.count("100.00 slower") == 1 + wanted
     slow["device"] = {**slow["device"], "name": "another"}
-    assert "other devices" in loss_speed.compare(written, slow)
+    assert "other devices" in loss_speed.compare(record, slow)[0]
 
 
-def test_the_table_has_a_line_for_each_pass(record):
-    table = loss_speed.format_table(record[0]["rows"]).splitlines()
-    assert len(table) == 1 + 2 * len(loss_speed.PASSES)
-    assert "x mse_loss" in table[0]
+def test_the_bounds_move_the_bytes_of_ours():
+    """A gradient is written and the rest read, or half is read and half written."""
+    made = inputs.make_inputs(Case((2, 7, 64, 64)), "cpu")
+    gradient = made.pred.numel() * 4
+    for pass_, wanted in (("step", 36 * 8192), ("no_grad", 8 * 8192)):
+        bounds = loss_speed.bounds_for(made, pass_, wanted)
+        written = gradient if pass_ == "step" else 0
+        assert measure.peak_bytes(bounds["fill"], CPU) == pytest.approx(written, abs=100)
+        assert measure.peak_bytes(bounds["copy"], CPU) == pytest.approx(wanted / 2, abs=100)
 
 
-def test_a_contender_that_fails_is_recorded_and_the_others_are_timed(monkeypatch):
-    def broken(pred, target):
-        raise RuntimeError("no kernel\nfor this")
+def row(contender, seconds, **more):
+    plain = {
+        "case": TINY.label,
+        "pass": "step",
+        "clock": "host",
+        "shape": TINY.shape,
+        "units": 2**18,
+    }
+    times = {"median_s": seconds, "low_s": seconds, "high_s": seconds, "bytes": 36 * 2**18}
+    return {**plain, "contender": contender, **times, **more}
 
-    real = loss_speed.loss_function
-    monkeypatch.setattr(
-        loss_speed,
-        "loss_function",
-        lambda name, device, backend="auto": broken if name == "eager" else real(name, device),
-    )
-    case = Case((1, 7, 4, 4), workloads.parse_pattern("all"), "float32", "contiguous", 1)
-    plan = loss_speed.Plan([case], ["mse_loss", "eager"], ["step"], 1, 1e-3, "auto")
-    rows = loss_speed.measure(plan, torch.device("cpu"))
-    failed = [row for row in rows if row["median_s"] is None]
-    assert [row["contender"] for row in failed] == ["eager"]
-    assert failed[0]["failure"] == "RuntimeError: no kernel"
-    assert [row["contender"] for row in rows if row["median_s"]] == ["mse_loss"]
+
+def test_the_floor_is_the_faster_bound():
+    rows = [row("ours", 2.0), row("fill", 1.9), row("copy", 1.8)]
+    assert loss_speed.table(rows)[1][-2:] == ["90%", "36.0"]
+
+
+@pytest.mark.parametrize(("bound", "drawn"), [(1.0, True), (3.0, False)])
+def test_a_floor_that_is_none_is_not_drawn(bound, drawn, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    rows = [row("ours", 2.0), row("fill", bound), row("mse_loss", 4.0)]
+    loss_speed.plot(rows, "a title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert ("floor" in labels) == drawn
+    assert "ours" in labels
+
+
+def test_on_a_gpu_small_inputs_have_the_host_s_clock_and_large_ones_the_device_s(monkeypatch):
+    """The code for CUDA, with stand-ins for what only a GPU has."""
+    make_inputs, host_timer = loss_speed.make_inputs, measure.host_timer
+    peak_bytes = measure.peak_bytes
+    monkeypatch.setattr(loss_speed, "make_inputs", lambda case, _: make_inputs(case, "cpu"))
+    monkeypatch.setattr(measure, "host_timer", lambda call, _: host_timer(call, CPU))
+    monkeypatch.setattr(measure, "graph_timer", lambda calls: host_timer(calls[0], CPU))
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, _: peak_bytes(call, CPU))
+    monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)
+    monkeypatch.setattr(loss_speed, "MANY_CELLS", 4096)
+    monkeypatch.setattr(loss_speed, "BOUND_BY_BYTES", 256)
+    clocks = {}
+    for case in (Case((1, 7, 8, 8)), Case((1, 7, 32, 32)), Case((1, 7, 64, 64))):
+        rows = loss_speed.measure_case(case, "step", torch.device("cuda"), 1, 1e-4)
+        assert not any("failure" in each for each in rows)
+        clocks[case.shape[-1]] = {each["clock"] for each in rows}
+    assert clocks == {8: {"host"}, 32: {"host", "device"}, 64: {"device"}}
 
 
 def test_seconds_are_written_with_three_digits():
@@ -186,70 +202,11 @@ def test_seconds_are_written_with_three_digits():
     assert loss_speed.format_seconds(2.0) == "2 s"
 
 
-# ---- bars ---------------------------------------------------------------------------------------
-
-
-def row(case, contender, seconds, pass_="step", clock="wall", **more):
-    return {
-        "case": case.as_json(),
-        "contender": contender,
-        "pass": pass_,
-        "clock": clock,
-        "median_s": seconds,
-        "bytes_per_cell": 36.0,
-        "peak_bytes": 100,
-        "gradient_bytes": 100,
-    } | more
-
-
-def plain(size, threads=2):
-    return Case(size, workloads.parse_pattern("clustered:2"), "float32", "contiguous", threads)
-
-
-def test_bars_of_the_cpu_are_met_or_missed():
-    small, dense = plain(workloads.FCRN_SIZES[0]), plain(workloads.DENSE_SIZES[2])
-    rows = [row(small, "ours", 1.0), row(small, "eager", 6.0), row(small, "compile", 2.0)]
-    rows += [row(dense, "ours", 1.0), row(dense, "mse_loss", 2.4), row(dense, "floor", 0.6)]
-    rows += [row(plain(dense.size, 1), "ours", 1.8)]
-    judged = {bar.promise: bar.met for bar in bars.judge(rows, "cpu")}
-    name, other = bars.label(small), bars.label(dense)
-    assert judged == {
-        f"{name}: times as fast as eager": True,
-        f"{name}: times as fast as compile": False,
-        f"{other}: times as fast as mse_loss": True,
-        f"{other}: share of the floor": False,
-        f"{other}: 2 threads over 1": True,
-    }
-
-
-def test_bars_of_the_gpu_are_those_of_device_time():
-    huge = plain(workloads.HUGE_SIZE)
-    rows = [row(huge, "ours", 1.0, clock="device"), row(huge, "compile", 3.4, clock="device")]
-    rows += [row(huge, "mse_loss", 5.5, clock="device"), row(huge, "floor", 0.95, clock="device")]
-    judged = {bar.promise: bar.met for bar in bars.judge(rows, "cuda")}
-    name = bars.label(huge)
-    assert judged == {
-        f"{name}: times as fast as compile, device time": False,
-        f"{name}: times as fast as mse_loss, device time": True,
-        f"{name}: share of the floor, step": True,
-    }
-
-
-def test_the_floor_is_scaled_to_the_bytes_of_the_pattern():
-    case = plain(workloads.DENSE_SIZES[2])
-    rows = [row(case, "ours", 2.0, bytes_per_cell=72.0), row(case, "floor", 1.0)]
-    assert bars.Timings(rows).floor_share(case) == 1.0
-
-
-# ---- how they are started -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("program", ["loss_speed", "gpu"])
 @pytest.mark.parametrize("how", ["file", "module"])
 def test_a_benchmark_is_started_as_a_file_or_as_a_module(program, how):
-    root = provenance.ROOT
     name = f"benchmarks/{program}.py" if how == "file" else f"benchmarks.{program}"
     command = [sys.executable, *([] if how == "file" else ["-m"]), name, "--help"]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert f"usage: {program}.py" in run.stdout
