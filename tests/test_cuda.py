@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -47,12 +48,14 @@ def kernels() -> Implementation:
     return implementation
 
 
-@pytest.fixture
-def _no_synchronisation() -> Iterator[None]:
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- every kernel --------------------------------------------------------------------------------
@@ -310,24 +313,26 @@ def test_a_loss_without_gradient_is_one_launch(kernels: Implementation) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.usefixtures("_no_synchronisation")
 def test_nothing_waits_for_the_device(cuda: Implementation, reduction: str) -> None:
     module = cuda.module(negative_weight=0.1, reduction=reduction, return_stats=True)
     schedule = fcrn_fused.StepNegativeWeight(module, step_size=1)
     pred = torch.randn(SHAPE, device="cuda", requires_grad=True)
     target = torch.rand(SHAPE, device="cuda", requires_grad=True)
-    for settings in ({}, {"coord_weight": [1.0] * 6, "ignore_value": -1.0}):
-        loss, _ = cuda.loss(
-            pred,
-            target,
-            negative_weight=module.negative_weight,
-            reduction=reduction,
-            return_stats=True,
-            **settings,
-        )
-        torch.autograd.grad((3 * loss).sum(), (pred, target), retain_graph=True)
-        torch.autograd.grad((2 * loss).sum(), (pred, target))
-        schedule.step()
+    mask = target.detach() > 0.5
+    with no_synchronisation():
+        for settings in ({}, {"coord_weight": [1.0] * 6, "ignore_value": -1.0}, {"weight": mask}):
+            loss, _ = cuda.loss(
+                pred,
+                target,
+                negative_weight=module.negative_weight,
+                reduction=reduction,
+                return_stats=True,
+                **settings,
+            )
+            torch.autograd.grad((3 * loss).sum(), (pred, target), retain_graph=True)
+            torch.autograd.grad((2 * loss).sum(), (pred, target))
+            schedule.step()
+        torch.autograd.grad(cuda.masked_loss(pred, target, mask), (pred, target))
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
