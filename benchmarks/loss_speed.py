@@ -346,7 +346,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, bool]:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Time over cells, both logarithmic, of the plain cases; the floor where it is one in each."""
+    """Time over cells of the plain cases, both logarithmic; the floor if it is one in all of them."""
     try:
         import matplotlib
     except ImportError:
@@ -361,6 +361,8 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         if is_plain and ours["pass"] == "step" and not ours.get("huge_pages"):
             of_cells.setdefault(ours["units"], (ours, group))
     plain = [of_cells[units] for units in sorted(of_cells)]
+    if not plain:
+        return
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for name in CONTENDERS:
         points = [

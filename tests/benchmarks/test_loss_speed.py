@@ -177,6 +177,29 @@ def test_a_floor_that_is_none_is_not_drawn(bound, drawn, tmp_path, monkeypatch):
     assert "ours" in labels
 
 
+def test_the_large_inputs_are_measured_a_second_time_with_huge_pages(tmp_path, monkeypatch):
+    """In a process of its own, whose rows are marked; here with one tiny case."""
+    path, run = tmp_path / "run.json", subprocess.run
+    monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)
+    monkeypatch.setattr(loss_speed, "default_tasks", lambda *_: [(TINY, "no_grad")])
+
+    def run_tiny(command, *, env, check):
+        assert env["THP_MEM_ALLOC_ENABLE"] == "1"
+        command = [*command, "--shapes", "1x7x8x8", "--passes", "no_grad"]
+        return run(command, env=env, check=check)
+
+    monkeypatch.setattr(subprocess, "run", run_tiny)
+    monkeypatch.setattr(measure, "git_commit", lambda: "abc")
+    assert loss_speed.main(["--rounds", "1", "--round-seconds", "1e-4", "--output", str(path)]) == 0
+    rows = measure.read_json(path, "loss_speed")["rows"]
+    assert {(row["case"], row.get("huge_pages")) for row in rows} == {
+        (TINY.label, None),
+        (Case((1, 7, 8, 8)).label, True),
+    }
+    assert loss_speed.table(rows)[-1][0].endswith(", huge pages")
+    assert not path.with_suffix(".png").exists()  # no forward with backward
+
+
 def test_on_a_gpu_small_inputs_have_the_host_s_clock_and_large_ones_the_device_s(monkeypatch):
     """The code for CUDA, with stand-ins for what only a GPU has."""
     make_inputs, host_timer = loss_speed.make_inputs, measure.host_timer
