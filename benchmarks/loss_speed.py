@@ -346,7 +346,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, bool]:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Time over cells of the plain cases, both logarithmic; the floor if it is one in all of them."""
+    """Time over cells of the plain cases, both logarithmic; the floor if it is one in all."""
     try:
         import matplotlib
     except ImportError:
