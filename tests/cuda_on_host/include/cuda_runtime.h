@@ -129,6 +129,10 @@ inline void __syncwarp(unsigned mask = 0xFFFFFFFFu,
   cuda_on_host::warp_rendezvous(cuda_on_host::WarpOperation::kBarrier, mask, 0, 0, site);
 }
 
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+
+inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
+
 inline unsigned __ballot_sync(unsigned mask, int predicate,
                               cuda_on_host::Site site = cuda_on_host::Site::current()) {
   return static_cast<unsigned>(cuda_on_host::warp_rendezvous(cuda_on_host::WarpOperation::kVote,
