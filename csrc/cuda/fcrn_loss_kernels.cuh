@@ -548,9 +548,10 @@ __global__ void __launch_bounds__(kThreads, (kPlanarBlocks<Pred, Target, kGenera
     next_place = place_of(vector);
     if (cells.has_kinds()) cells.load(next_confidence, next_place, cells.pose_maps());
   };
-  if (!kGeneral) load_confidence();
+  if (!kGeneral && kForward) load_confidence();  // the constants take as long as that
   constants.set_up(pass);
   if (constants.nothing_to_do) return;
+  if (!kGeneral && !kForward) load_confidence();
   Sums sums;
   while (vector - lane < vectors) {  // for all lanes of a warp or for none
     if (kGeneral) load_confidence();
