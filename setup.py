@@ -124,7 +124,7 @@ def cuda_extension() -> Extension:
     # nvcc may be a link or a script; ask it where its toolkit is.
     top = re.search(r"TOP=(.*)", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull))
     cpp_extension.CUDA_HOME = os.path.normpath(top[1])
-    flags = [flag if flag[1] != "f" else f"-Xcompiler={flag}" for flag in FLAGS]
+    flags = [flag if flag[1] != "f" else f'-Xcompiler="{flag}"' for flag in FLAGS]
     flags += [f"-ccbin={CXX}", "--threads=4"]
     probe([str(nvcc), *flags], "probe.cu", "#include <cuda_runtime.h>\n#include <vector>\n")
     architectures = gencode_flags(nvcc, version)
