@@ -132,7 +132,7 @@ def installs(session: nox.Session) -> None:
     expect("was not built; build it", *config)
     refused = {"success_codes": [1]}
     expect("this command with --no-build-isolation", *pip, "install", ".", **refused)
-    # the README's three lines, the last in the clone and outside
+    # the lines of docs/installation.md, the last in the clone and outside
     session.run(*pip, "install", "--quiet", "--no-build-isolation", ".")
     expect("cpu: fused", *config)
     session.chdir("/")

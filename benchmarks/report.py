@@ -108,15 +108,6 @@ def gpu_dram(record: Record) -> str:
     return f"{align(dram.table(record['dram']), 2)}\n\n{source_line(record)}"
 
 
-def gpu_steps(record: Record) -> str:
-    """Which steps of `make gpu` passed, failed or were skipped, and with what result."""
-    lines = [["step", "", "seconds", "result"]]
-    for step in record["steps"]:
-        detail = step["detail"].replace("|", "\\|")
-        lines.append([step["name"], step["status"], f"{step['seconds']:.0f}", detail])
-    return f"{align(lines, 4)}\n\n{source_line(record)}"
-
-
 # ---- machine code -------------------------------------------------------------------------------
 
 
@@ -204,7 +195,6 @@ BLOCKS: dict[str, tuple[Callable[[Record], str], str, str]] = {
     "cpu-train-step": (cpu_train_step, "train_step", "train_step_cpu.json"),
     "gpu-speed": (gpu_speed, "gpu", "gpu_*.json"),
     "gpu-dram": (gpu_dram, "gpu", "gpu_*.json"),
-    "gpu-steps": (gpu_steps, "gpu", "gpu_*.json"),
     "machine-code": (machine_code, "machine_code", "machine_code.json"),
     "limits-on-paper": (limits_on_paper, "machine_code", "machine_code.json"),
 }

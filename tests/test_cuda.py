@@ -139,6 +139,30 @@ def test_every_kernel_of_the_masked_loss(
     assert_gradient(grads[1], -gradient, dtype)
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("shape", [(0, 7, 4, 4), (2, 7, 0, 4), (2, 7, 4, 0), (3, 1, 0), (0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_empty_inputs(kernels: Implementation, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """With every tensor that a call may have; `positive` has one map."""
+    pred = torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
+    target = torch.rand_like(pred)
+    cells = (shape[0], 1, *shape[2:])
+    for weight_shape, reduction in itertools.product((None, (), cells, shape), REDUCTIONS):
+        settings: dict[str, Any] = {"reduction": reduction}
+        if weight_shape is not None:
+            settings["weight"] = torch.ones(weight_shape, dtype=dtype, device="cuda")
+            settings["positive"] = torch.ones(cells, dtype=torch.bool, device="cuda")
+            settings["negative_weight"] = torch.tensor(0.5, dtype=torch.float64, device="cuda")
+        loss, stats = kernels.loss(pred, target, return_stats=True, **settings)
+        torch.cuda.synchronize()
+        (grad,) = torch.autograd.grad(2 * loss.sum(), pred)
+        torch.cuda.synchronize()
+        assert grad.shape == shape
+        assert stats.num_positive.item() == 0
+        if reduction in ("sum", "positive"):
+            assert loss.item() == 0
+
+
 @pytest.mark.parametrize(("kernel", "dtypes", "reductions"), KERNELS, ids=str)
 def test_the_kernel_that_is_meant_is_run(
     kernels: Implementation,

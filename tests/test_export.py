@@ -77,6 +77,8 @@ def test_the_exported_weight_is_a_buffer_that_can_be_annealed(impl: Implementati
 
 @pytest.mark.slow
 def test_an_aot_inductor_package(fused: Implementation, tmp_path: Path) -> None:
+    if fused.device == "cuda" and torch.__version__ < "2.12":
+        pytest.skip("aoti_load_package of PyTorch 2.11 crashes on CUDA, with nn.MSELoss too")
     model = Validation(fused, ignore_value=-1.0).to(fused.device).eval()
     arguments = picture_and_target(fused.device)
     with torch.no_grad():

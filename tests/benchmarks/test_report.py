@@ -97,8 +97,7 @@ def test_the_blocks_of_speed(tmp_path, device):
         assert "a weight for each element" in blocks["cpu-masked"]
         assert "4.00x" in blocks["cpu-speed"]
     else:
-        assert set(blocks) == {"gpu-speed", "gpu-dram", "gpu-steps"}
+        assert set(blocks) == {"gpu-speed", "gpu-dram"}
         assert "2 ms" in blocks["gpu-speed"]
         assert re.search(r"a case +\| step +\| +8.0 \| +28.0 \| +36.0 \| +36.0", blocks["gpu-dram"])
-        assert "2 \\| 3" in blocks["gpu-steps"]
     assert all(f"`benchmarks/results/{name}`" in text for text in blocks.values())
