@@ -183,9 +183,10 @@ class Flow:
         )
 
     def without_pose(self) -> set[int]:
-        """The blocks for vectors without a positive cell: those that read no pose in a loop."""
+        """The blocks for vectors in a warp without a positive cell: no list, no pose in a loop."""
         in_loops = set().union(*self.inner)
         pose = {block for block in in_loops if self.count([block], is_wide_load)}
+        pose |= {block for block in self.main if self.count([block], matching(r"STS\b"))}
         return self._around(self.main - pose)
 
     def with_pose(self) -> set[int]:
@@ -249,6 +250,11 @@ class Kernel:
     def is_general(self) -> bool:
         """Of the planar kernels: for what the plain one does not do."""
         return re.findall("Lb([01])E", self.name)[1:] == ["1"]
+
+    @property
+    def unrolled(self) -> int:
+        """Vectors that a way around the main loop computes."""
+        return 4 if self.kind == "interleaved" else 1
 
     @property
     def title(self) -> str:
@@ -353,8 +359,8 @@ def counts(architecture: Architecture, kernel: Kernel) -> dict[str, Any]:
         "registers": kernel.registers,
         "blocks": architecture.resident_blocks(kernel.registers),
         "ways": {
-            way: {"instructions": flow.issued(blocks)}
-            | {name: flow.issued(blocks, which) for name, which in kinds.items()}
+            way: {"instructions": flow.issued(blocks) // kernel.unrolled}
+            | {name: flow.issued(blocks, which) // kernel.unrolled for name, which in kinds.items()}
             for way, blocks in flow.ways().items()
         },
     }
@@ -371,7 +377,7 @@ def main() -> None:
         counts(architecture, kernel)
         for architecture in compile_all()
         for kernel in sorted(kernels(architecture.name), key=lambda kernel: kernel.title)
-        if kernel.kind != "strided"
+        if kernel.kind != "strided" and not kernel.is_general  # has code for weights of any dtype
     ]
     release = re.search(r"release ([\d.]+)", output(cuda_tool("nvcc") or "nvcc", "--version"))
     record = {"benchmark": "machine_code", "nvcc": release and release[1]}

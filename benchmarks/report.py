@@ -137,21 +137,19 @@ GPUS = {
 _VECTOR_BYTES = {"none positive": 16 * 9, "all positive": 16 * 21, "any": 16 * 3}
 
 
-def _kernels(record: Record, *, general: bool) -> dict[str, dict[str, Record]]:
+def _kernels(record: Record) -> dict[str, dict[str, Record]]:
     """The forward kernels of float32 and bfloat16, by name and architecture."""
     found: dict[str, dict[str, Record]] = {}
     for row in record["rows"]:
         words = row["kernel"].split(", ")
-        if "forward" not in words or "float16" in words or words[-2:] == ["bfloat16", "float32"]:
-            continue
-        if general or "general" not in words:
+        if "forward" in words and "float16" not in words and words[-2:] != ["bfloat16", "float32"]:
             name = row["kernel"].replace(", forward", "")
             found.setdefault(name, {})[row["architecture"]] = row
-    return dict(sorted(found.items(), key=lambda item: ("general" in item[0], item[0])))
+    return dict(sorted(found.items()))
 
 
 def machine_code(record: Record) -> str:
-    kernels = _kernels(record, general=True)
+    kernels = _kernels(record)
     lines = [["kernel", *next(iter(kernels.values()))]]
     for name, by_architecture in kernels.items():
         lines.append([name])
@@ -167,7 +165,7 @@ def machine_code(record: Record) -> str:
 def limits_on_paper(record: Record) -> str:
     columns = [
         (f"{name}, {way}".removesuffix(", any"), way, rows)
-        for name, rows in _kernels(record, general=False).items()
+        for name, rows in _kernels(record).items()
         for way in next(iter(rows.values()))["ways"]
     ]
     lines = [["GPU", *(name for name, *_ in columns)]]

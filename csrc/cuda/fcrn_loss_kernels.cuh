@@ -48,7 +48,14 @@ constexpr int kVector = 16 / (sizeof(Pred) < sizeof(Target) ? sizeof(Pred) : siz
 
 // kResidentBlocks of the planar kernels: the most at which they do not spill.
 template <typename Pred, typename Target, bool kGeneral>
-constexpr int kPlanarBlocks = kGeneral ? (sizeof(Pred) == sizeof(Target) ? 3 : 2) : kResidentBlocks;
+constexpr int planar_blocks() {
+  constexpr bool kIsMixed = sizeof(Pred) != sizeof(Target);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // its code needs more registers
+  return kGeneral ? 2 : kIsMixed ? 3 : kResidentBlocks;
+#else
+  return !kGeneral ? kResidentBlocks : kIsMixed ? 2 : 3;
+#endif
+}
 
 // V elements that lie side by side, moved by the widest accesses that hold no more.
 template <typename T, int V>
@@ -524,7 +531,7 @@ __device__ __forceinline__ void strided_cell(const LossPass& pass,
 // forward pass takes the sums, a backward pass (kForward false) writes a gradient only.
 
 template <typename Acc, typename Pred, typename Target, bool kForward, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, (kPlanarBlocks<Pred, Target, kGeneral>))
+__global__ void __launch_bounds__(kThreads, (planar_blocks<Pred, Target, kGeneral>()))
     planar_kernel(const __grid_constant__ LossPass pass, const Workspace workspace) {
   constexpr int V = kVector<Pred, Target>;
   __shared__ BlockConstants<Acc> constants;
