@@ -68,7 +68,9 @@ def stages(python: str = sys.executable) -> list[list[Step]]:
         tests += ("-n", str(processes))
     sanitizer = cuda_tool("compute-sanitizer")
     no_sanitizer = no_pytest or (None if sanitizer else "compute-sanitizer was not found")
-    checked = (*pytest, "-m", "sanitizer", "tests/test_cuda.py")
+    checked = (*pytest, "-m", "sanitizer and cuda", "-k", "not reference", "tests/test_cuda.py")
+    if importlib.util.find_spec("hypothesis"):
+        checked += ("tests/test_weight_and_positive.py",)
     threads = (("OMP_NUM_THREADS", "2"),)  # a dozen processes share the host
     # a block of memory for each tensor, so that one cannot be overrun into the next unseen
     uncached = (*threads, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"))

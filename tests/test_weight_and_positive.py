@@ -74,6 +74,7 @@ def any_call_with_more(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sanitizer
 @settings(max_examples=150)
 @given(call=any_call_with_more())
 def test_any_call_against_the_loops(impl: Implementation, call: dict[str, Any]) -> None:
