@@ -11,6 +11,7 @@ from implementations import Implementation
 from tolerances import loss_dtype
 
 SHAPES = [(0, 7, 4, 4), (2, 7, 0, 4), (2, 7, 4, 0), (0, 7), (0, 1), (2, 7, 0), (0, 7, 0), (0, 2, 3)]
+SHAPES += [(0, 4, 2)]  # as many elements of an image as a vector has, but not as many cells
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

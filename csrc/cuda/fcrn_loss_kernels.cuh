@@ -695,8 +695,9 @@ inline bool is_vector_planar(const LossPass& pass, int v) {
 }
 
 inline bool is_vector_interleaved(const LossPass& pass, int v) {
-  return pass.is_plain() && !pass.has_grad_output_per_cell() && pass.output != Output::cell &&
-         pass.grid.maps >= v - 1 && pass.grid.maps <= kPoseWeights &&
+  // An empty batch has no views that could tell: its grid does.
+  return pass.grid.images == 1 && pass.is_plain() && !pass.has_grad_output_per_cell() &&
+         pass.output != Output::cell && pass.grid.maps >= v - 1 && pass.grid.maps <= kPoseWeights &&
          pass.grid.cells * pass.grid.maps % v == 0 && pass.all_views([&](const TensorView& view) {
            return view.is_interleaved(pass.grid) &&
                   reinterpret_cast<uintptr_t>(view.data) % 16 == 0;

@@ -55,6 +55,7 @@ _MANY_WEIGHTS = Case((2, 300, 2, 4), coord_weight="tensor")
 _FEW_MAPS = Case((2, 2, 4, 4), **both_channels_last())
 _PADDED = Case((3, 2, 4, 8), target_layout=Layout("padded"))
 _CELL_ERRORS = Case((2, 3, 34, 32), reduction="cell", positives="scattered")
+_EMPTY_BATCH = Case((0, 4, 2))
 _NO_SUMS = Case((2, 3, 34, 32), reduction="none", resident_blocks=8)
 _NO_POSITIVES = Case((2, 3, 8, 8), reduction="positive", positives="none")
 
@@ -418,10 +419,18 @@ FAULTS = (
     ),
     Fault(
         "channels-last: the weights are not looked at",
-        "return pass.is_plain() && !pass.has_grad_output_per_cell()",
-        "return !pass.has_grad_output_per_cell()",
+        "pass.grid.images == 1 && pass.is_plain() &&",
+        "pass.grid.images == 1 &&",
         message="interleaved_kernel",
         check=_checks(_INTERLEAVED_WEIGHTS),
+    ),
+    Fault(
+        "an empty batch is taken for channels-last",
+        "pass.grid.images == 1 && pass.is_plain() &&",
+        "pass.is_plain() &&",
+        message="interleaved_kernel|AddressSanitizer: SEGV",
+        check=_checks(_EMPTY_BATCH),
+        how="sanitized-quick",
     ),
     Fault(
         "without kinds the last map is left out",
