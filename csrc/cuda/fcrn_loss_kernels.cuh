@@ -4,8 +4,9 @@
 // Three kernels do a pass, and each writes the gradient and takes the sums in the same launch:
 //
 //   planar       a thread takes 16 bytes of cells; where none of their poses counts it reads the
-//                two confidences and writes the gradient, 36 bytes a cell in float32; compiled a
-//                second time (kGeneral) for a weight or kinds of the caller's, for no kinds at all
+//                two confidences and writes the gradient, 36 bytes a cell in float32; the threads
+//                of a warp share out the poses that count, 48 bytes a cell more; compiled a second
+//                time (kGeneral) for a weight or kinds of the caller's, for no kinds at all
 //                and for losses that are no single number
 //   interleaved  channels-last: a thread takes 16 bytes of elements, of one cell or two; 84 bytes
 //                a cell in float32
