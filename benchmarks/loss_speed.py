@@ -241,7 +241,7 @@ def _first_calls(call: measure.Call, inputs: Inputs, device: torch.device) -> in
     for _ in range(2):
         call()
     inputs.pred.grad = None
-    peak = measure.peak_bytes(call, device)
+    peak = measure.allocations(call, device).peak
     inputs.pred.grad = None
     return peak
 

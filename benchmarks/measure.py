@@ -122,27 +122,39 @@ def graph_timer(calls: Sequence[Call]) -> Timer:
     return run
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """Bytes above what was allocated before, at the peak of one call, from PyTorch's allocator."""
+class Allocations(NamedTuple):
+    """Bytes from PyTorch's allocator: held at the peak, above those before, and in all."""
+
+    peak: int
+    total: int
+
+
+def allocations(call: Call, device: torch.device) -> Allocations:
+    """What one call takes; its result is held until the end."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        call()
+        before = torch.cuda.memory_stats(device)
+        result = call()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
+        after = torch.cuda.memory_stats(device)
+        del result
+        return Allocations(
+            after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"],
+            after["allocated_bytes.all.allocated"] - before["allocated_bytes.all.allocated"],
+        )
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
+        result = call()
+    del result
     events = profile.profiler.kineto_results.events()
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
-    peak = now = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = peak = total = 0
+    for _, change in sorted(changes, key=lambda each: each[0]):
+        held += change
+        peak = max(peak, held)
+        total += max(0, change)
+    return Allocations(peak, total)
 
 
 # ---- where a figure comes from ------------------------------------------------------------------

@@ -239,10 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     different = 0
+    try:
+        blocks = make_blocks(options.results)
+    except ValueError as error:
+        parser.error(str(error))
     for page in options.pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         try:
             old = page.read_text()
-            new = fill(old, make_blocks(options.results))
+            new = fill(old, blocks)
         except (OSError, ValueError) as error:
             parser.error(f"{page}: {error}")
         if old == new:

@@ -123,7 +123,7 @@ def measure_setting(
             | {"step_s": step.median, "step_quartiles_s": [step.low, step.high]}
             | {"loss_s": loss.median, "loss_quartiles_s": [loss.low, loss.high]}
             | {"share": loss.median / step.median}
-            | {"peak_bytes": measure.peak_bytes(steps[name], device)}
+            | {"peak_bytes": measure.allocations(steps[name], device).peak}
         )
     return rows
 

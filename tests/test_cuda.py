@@ -74,6 +74,8 @@ KERNELS = [
     *itertools.product(["strided"], VECTOR_PAIRS + OTHER_PAIRS, [("mean", "cell")]),
 ]
 
+each_kernel = pytest.mark.parametrize(("kernel", "dtypes", "reductions"), KERNELS, ids=str)
+
 
 def inputs_of(
     kernel: str, pred_dtype: torch.dtype, target_dtype: torch.dtype
@@ -95,7 +97,7 @@ def inputs_of(
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize(("kernel", "dtypes", "reductions"), KERNELS, ids=str)
+@each_kernel
 def test_every_kernel_against_the_loops(
     kernels: Implementation,
     kernel: str,
@@ -163,7 +165,7 @@ def test_empty_inputs(kernels: Implementation, dtype: torch.dtype, shape: tuple[
             assert loss.item() == 0
 
 
-@pytest.mark.parametrize(("kernel", "dtypes", "reductions"), KERNELS, ids=str)
+@each_kernel
 def test_the_kernel_that_is_meant_is_run(
     kernels: Implementation,
     kernel: str,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from batches import REDUCTIONS, SCALAR_REDUCTIONS, make_batch
 from implementations import Implementation
-from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import measure
 
 SHAPE = (16, 7, 64, 64)
 NUMEL = 16 * 7 * 64 * 64
@@ -20,31 +21,7 @@ SMALL = 64 * 1024  # bytes for what does not grow with the input
 def allocations(device: str, run: Callable[[], object]) -> tuple[int, int]:
     """`(peak, total)` bytes that PyTorch's allocator hands out while `run` runs."""
     run()  # what is set up at a first call is not counted
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_stats()
-        result = run()
-        torch.cuda.synchronize()
-        after = torch.cuda.memory_stats()
-        del result
-        peak = after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"]
-        total = after["allocated_bytes.all.allocated"] - before["allocated_bytes.all.allocated"]
-        return peak, total
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
-    sizes = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    held = peak = total = 0
-    for _, size in sorted(sizes, key=lambda item: item[0]):
-        held += size
-        peak = max(peak, held)
-        total += max(0, size)
-    return peak, total
+    return measure.allocations(run, torch.device(device))
 
 
 def test_the_yardstick_sees_memory(device: str) -> None:

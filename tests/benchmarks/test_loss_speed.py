@@ -143,8 +143,8 @@ def test_the_bounds_move_the_bytes_of_ours():
     for pass_, wanted in (("step", 36 * 8192), ("no_grad", 8 * 8192)):
         bounds = loss_speed.bounds_for(made, pass_, wanted)
         written = gradient if pass_ == "step" else 0
-        assert measure.peak_bytes(bounds["fill"], CPU) == pytest.approx(written, abs=100)
-        assert measure.peak_bytes(bounds["copy"], CPU) == pytest.approx(wanted / 2, abs=100)
+        assert measure.allocations(bounds["fill"], CPU).peak == pytest.approx(written, abs=100)
+        assert measure.allocations(bounds["copy"], CPU).peak == pytest.approx(wanted / 2, abs=100)
 
 
 def row(contender, seconds, **more):
@@ -203,11 +203,11 @@ def test_the_large_inputs_are_measured_a_second_time_with_huge_pages(tmp_path, m
 def test_on_a_gpu_small_inputs_have_the_host_s_clock_and_large_ones_the_device_s(monkeypatch):
     """The code for CUDA, with stand-ins for what only a GPU has."""
     make_inputs, host_timer = loss_speed.make_inputs, measure.host_timer
-    peak_bytes = measure.peak_bytes
+    allocations = measure.allocations
     monkeypatch.setattr(loss_speed, "make_inputs", lambda case, _: make_inputs(case, "cpu"))
     monkeypatch.setattr(measure, "host_timer", lambda call, _: host_timer(call, CPU))
     monkeypatch.setattr(measure, "graph_timer", lambda calls: host_timer(calls[0], CPU))
-    monkeypatch.setattr(measure, "peak_bytes", lambda call, _: peak_bytes(call, CPU))
+    monkeypatch.setattr(measure, "allocations", lambda call, _: allocations(call, CPU))
     monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)
     monkeypatch.setattr(loss_speed, "MANY_CELLS", 4096)
     monkeypatch.setattr(loss_speed, "BOUND_BY_BYTES", 256)
