@@ -242,13 +242,6 @@ struct PlanarMap {
   Vector<Pred, V> pred;
   Vector<Target, V> target;
   Vector<Acc, V> scale;  // grad_output, where it differs from cell to cell
-
-  __device__ __forceinline__ void load(const LossPass& pass, bool per_cell, uint32_t image,
-                                       uint32_t map, uint32_t cell) {
-    pred = pred.load(at<const Pred>(pass.pred, image, map, cell));
-    target = target.load(at<const Target>(pass.target, image, map, cell));
-    if (per_cell) scale = scale.load(at<const Acc>(pass.grad_output, image, map, cell));
-  }
 };
 
 // Where V cells lie: in this image, from this cell on.
@@ -286,8 +279,12 @@ struct PlanarCells {
     return static_cast<uint32_t>(kGeneral ? pass.num_pose_maps() : pass.grid.maps - 1);
   }
 
-  __device__ __forceinline__ void load(Map& map_data, Place place, uint32_t map) const {
-    map_data.load(pass, has_grad_output_per_cell(), place.image, map, place.cell);
+  __device__ __forceinline__ void load(Map& to, Place place, uint32_t map) const {
+    to.pred = to.pred.load(at<const Pred>(pass.pred, place.image, map, place.cell));
+    to.target = to.target.load(at<const Target>(pass.target, place.image, map, place.cell));
+    if (has_grad_output_per_cell()) {
+      to.scale = to.scale.load(at<const Acc>(pass.grad_output, place.image, map, place.cell));
+    }
   }
 
   __device__ __forceinline__ void load_weight(Place place, uint32_t map, Acc (&given)[V]) const {
@@ -613,7 +610,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   constants.set_up(pass);
   if (constants.nothing_to_do) return;
   constexpr int V = kVector<Pred, Target>;
-  const uint32_t elements = static_cast<uint32_t>(pass.grid.cells * pass.grid.maps);
+  const uint32_t elements =
+      static_cast<uint32_t>(pass.grid.images * pass.grid.cells * pass.grid.maps);
   Sums sums;
 #pragma unroll 4  // so that the reads of several iterations are on their way at once
   for (uint32_t first = (uint32_t(blockIdx.x) * kThreads + threadIdx.x) * V; first < elements;
@@ -696,9 +694,8 @@ inline bool is_vector_planar(const LossPass& pass, int v) {
 }
 
 inline bool is_vector_interleaved(const LossPass& pass, int v) {
-  // An empty batch has no views that could tell: its grid does.
-  return pass.grid.images == 1 && pass.is_plain() && !pass.has_grad_output_per_cell() &&
-         pass.output != Output::cell && pass.grid.maps >= v - 1 && pass.grid.maps <= kPoseWeights &&
+  return pass.is_plain() && !pass.has_grad_output_per_cell() && pass.output != Output::cell &&
+         pass.grid.maps >= v - 1 && pass.grid.maps <= kPoseWeights &&
          pass.grid.cells * pass.grid.maps % v == 0 && pass.all_views([&](const TensorView& view) {
            return view.is_interleaved(pass.grid) &&
                   reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
