@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import matplotlib
 import numpy as np
 import skimage.data
@@ -38,17 +39,20 @@ _PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {
     ),
     "held-out": ("chelsea", "coffee", "gravel", "rocket"),
 }
+_SIDE = 512  # pixels; of a larger photograph much would be averaged away in every picture
 _HELD_OUT_WORDS = 5  # every fifth word of the list
 
 
 @functools.cache
 def photographs(split: Split) -> tuple[NDArray[np.uint8], ...]:
-    """The photographs of one split, each (H, W, 3) uint8 RGB."""
+    """The photographs of one split, each (H, W, 3) uint8 RGB, min(H, W) at most `_SIDE`."""
     pictures = []
     for name in _PHOTOGRAPHS[split]:
         loaded = getattr(skimage.data, name)()
         picture = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: the left
-        pictures.append(picture if picture.ndim == 3 else gray2rgb(picture))
+        picture = picture if picture.ndim == 3 else gray2rgb(picture)
+        scale = min(1.0, _SIDE / min(picture.shape[:2]))
+        pictures.append(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
     return tuple(pictures)
 
 

@@ -18,17 +18,17 @@ from examples.text_detection.training import Recipe, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 # Batch normalisation on the CPU sees a process's own half, so the group norm it is.
-RECIPE = Recipe(pictures=40, size=64, batch=8, steps=10, norm="group")
+# The second step has momentum. After more of them, rounding errors have moved some value over the
+# kink of a ReLU, which magnifies them by three orders and more.
+RECIPE = Recipe(pictures=40, size=64, batch=8, steps=2, norm="group")
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("reduction", ["mean", "positive"])
 @pytest.mark.usefixtures("threads")
-def test_ten_steps_of_two_processes_are_ten_steps_of_one(tmp_path: Path, reduction: str) -> None:
+def test_two_steps_of_two_processes_are_two_steps_of_one(tmp_path: Path, reduction: str) -> None:
     recipe = replace(RECIPE, reduction=reduction)
-    # As each of the two has it: with another number of threads PyTorch's convolutions round
-    # otherwise, and ten steps at this learning rate magnify that by five orders.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as each of the two has it: convolutions round otherwise with more
     train(recipe, Run(out=tmp_path / "one", device="cpu", workers=0, held_out=1))
     one = read_checkpoint(tmp_path / "one" / "checkpoint.pt")
 
@@ -58,7 +58,8 @@ def test_ten_steps_of_two_processes_are_ten_steps_of_one(tmp_path: Path, reducti
     assert launched.returncode == 0, launched.stderr
     two = read_checkpoint(tmp_path / "two" / "checkpoint.pt")
 
-    assert two["step"] == one["step"] == 10
+    assert two["step"] == one["step"] == 2
+    torch.manual_seed(recipe.seed)
     start = recipe.model().state_dict()
     for name, parameter in one["model"].items():
         torch.testing.assert_close(two["model"][name], parameter, rtol=0, atol=1e-6)
