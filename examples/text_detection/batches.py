@@ -35,26 +35,35 @@ class Stretched(Dataset[Scene]):
 
 
 class CodedScenes(Dataset[Batch]):
-    """The scenes of a data set, stretched to the grid's training size and coded.
+    """The scenes of a data set at the grid's training size, coded.
 
-    A scene whose picture cannot be read is warned about and has only ignored cells.
+    crops: None stretches the pictures; a number is the seed of random crops of them.
+
+    A key goes on counting where a `StepSampler` begins a new epoch: key % length is the scene, and
+    the key decides on the crop. A scene whose picture cannot be read is warned about and has only
+    ignored cells.
     """
 
-    def __init__(self, scenes: Dataset[Scene], grid: Grid) -> None:
-        self.scenes = Stretched(scenes, grid)
+    def __init__(self, scenes: Dataset[Scene], grid: Grid, crops: int | None = None) -> None:
+        self.scenes = scenes
         self.grid = grid
+        self.crops = crops
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.scenes)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, key: int) -> Batch:
+        width, height = self.grid.width, self.grid.height
         try:
-            scene = self.scenes[index]
+            scene = self.scenes[key % len(self)]
         except UserError as error:
             # One spoilt file must not end a long run: all its cells are ignored.
-            warnings.warn(f"scene {index} counts for nothing: {error}", stacklevel=1)
+            warnings.warn(f"scene {key % len(self)} counts for nothing: {error}", stacklevel=1)
             return self._nothing()
-        coded = self.grid.encode(scene.quads, self.grid.width, self.grid.height)
+        if self.crops is not None:
+            scene = random_crop(scene, width, np.random.default_rng([self.crops, key]))
+        scene = scene.resized(width, height)
+        coded = self.grid.encode(scene.quads, width, height, scene.legible)
         return (
             torch.from_numpy(scene.picture).permute(2, 0, 1),
             torch.from_numpy(coded.target),
@@ -68,13 +77,34 @@ class CodedScenes(Dataset[Batch]):
         return torch.zeros(3, height, width, dtype=torch.uint8), target, torch.tensor(0)
 
 
-class StepSampler(Sampler[list[int]]):
-    """The indices of each step's batch, from step `first` to step `last` (exclusive).
+def random_crop(scene: Scene, least: int, random: np.random.Generator) -> Scene:
+    """A square window with a side from `least` pixels to the longer side of the picture.
 
-    Every epoch is a permutation of 0 ... length - 1 drawn from the seed and the epoch's number; a
-    batch may reach over into the next epoch. Nothing is remembered between steps, so a run that
-    is taken up at step n sees what it would have seen. With `count` processes, process `rank`
-    gets every count-th index of the batch: together they see the batch of a single one.
+    Small and large words come at many sizes so, and keep their shape. Every second window holds
+    the middle of a word, for most of a large picture has none.
+    """
+    height, width = scene.picture.shape[:2]
+    side = round(np.exp(random.uniform(*np.log([least, max(least, width, height)]))))
+    # Where the window is the larger, the picture lies anywhere in it.
+    low = np.minimum(0, [width - side, height - side])
+    high = np.maximum(0, [width - side, height - side])
+    quads = scene.quads[scene.legible]
+    if len(quads) and random.random() < 0.5:
+        middle = quads[random.integers(len(quads))].mean(axis=0).clip(0, [width, height])
+        low = np.maximum(low, np.ceil(middle - side)).astype(int)
+        high = np.minimum(high, np.floor(middle)).astype(int)
+    left, top = random.integers(low, high + 1)
+    return scene.cropped(left, top, side)
+
+
+class StepSampler(Sampler[list[int]]):
+    """The keys of each step's batch, from step `first` to step `last` (exclusive).
+
+    Every epoch is a permutation of 0 ... length - 1 drawn from the seed and the epoch's number,
+    plus `length` for each epoch before; a batch may reach over into the next epoch. Nothing is
+    remembered between steps, so a run that is taken up at step n sees what it would have seen.
+    With `count` processes, process `rank` gets every count-th key of the batch: together they see
+    the batch of a single one.
     """
 
     def __init__(
@@ -101,13 +131,13 @@ class StepSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, int)
         for step in range(self.first, self.last):
-            indices = []
+            keys = []
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.length != epoch:
                     epoch = position // self.length
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-                indices.append(int(order[position % self.length]))
-            yield indices[self.rank :: self.count]
+                keys.append(epoch * self.length + int(order[position % self.length]))
+            yield keys[self.rank :: self.count]
 
 
 def load(
@@ -115,10 +145,11 @@ def load(
     grid: Grid,
     steps: Sampler[list[int]] | Sequence[list[int]],
     workers: int,
+    crops: int | None = None,
 ) -> DataLoader[Batch]:
-    """The batches whose indices `steps` names, made by `workers` processes beside this one."""
+    """The batches whose keys `steps` names, made by `workers` processes beside this one."""
     return DataLoader(
-        CodedScenes(scenes, grid),
+        CodedScenes(scenes, grid, crops),
         batch_sampler=steps,
         num_workers=workers,
         worker_init_fn=_start_worker,

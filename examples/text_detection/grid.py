@@ -24,6 +24,9 @@ IGNORE = -1.0
 """The confidence of a cell that says nothing; pass it to the loss as `ignore_value`."""
 
 
+_FARTHEST = 1e6  # pixels; no side of a picture is longer
+
+
 @dataclass(frozen=True)
 class Coded:
     """A picture's boxes as maps.
@@ -73,13 +76,20 @@ class Grid:
     height: int = 256
     min_height: float = 8.0
 
-    def encode(self, quads: NDArray[np.float32], width: int, height: int) -> Coded:
+    def encode(
+        self,
+        quads: NDArray[np.float32],
+        width: int,
+        height: int,
+        legible: NDArray[np.bool_] | bool = True,
+    ) -> Coded:
         """Code the words (n, 4, 2) of a picture of `width` x `height` pixels.
 
         Cells are half open: a centre on the line between two cells belongs to the right or the
         lower one. Of several readable words in a cell the one of the largest area is kept, the
         first of them if areas tie. Unreadable words make the cells whose middle they cover, and
-        the cell of their own middle, IGNORE, except where a readable word is centred.
+        the cell of their own middle, IGNORE, except where a readable word is centred. Words that
+        are not `legible`, (n,) or one value for all, are unreadable.
         """
         if width % self.stride or height % self.stride:
             raise ValueError(
@@ -89,7 +99,7 @@ class Grid:
         rows, columns = height // self.stride, width // self.stride
         target = np.zeros((7, rows, columns), np.float32)
         poses = quad_to_pose(quads)
-        readable = self.readable(quads, width, height)
+        readable = self.readable(quads, width, height) & legible
         self._ignore(target[6], quads[~readable])
 
         cells = np.floor(poses[:, :2] / self.stride).astype(int)  # (n, 2): column, row
@@ -114,7 +124,10 @@ class Grid:
         return Coded(target, collisions, int((~inside).sum()))
 
     def decode(self, maps: NDArray[np.float32], threshold: float = 0.3) -> Boxes:
-        """The boxes of all cells of `maps` (7, rows, columns) with confidence over `threshold`."""
+        """The boxes of all cells of `maps` (7, rows, columns) with confidence over `threshold`.
+
+        Boxes that no picture can have, infinite ones among them, are left out.
+        """
         row, column = np.nonzero(maps[6] > threshold)
         dx, dy, w, h, cosine, sine, score = maps[:, row, column].astype(np.float64)
         poses = np.stack(
@@ -128,7 +141,8 @@ class Grid:
             ],
             axis=1,
         )
-        return Boxes(poses.astype(np.float32), score.astype(np.float32))
+        possible = np.isfinite(score) & (np.abs(poses) < _FARTHEST).all(axis=1)
+        return Boxes(poses[possible].astype(np.float32), score[possible].astype(np.float32))
 
     def readable(self, quads: NDArray[np.float32], width: int, height: int) -> NDArray[np.bool_]:
         """Which of the words (n, 4, 2) are high enough and, within a pixel, not cut: (n,)."""

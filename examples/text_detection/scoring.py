@@ -3,10 +3,10 @@
 A detection is right if its intersection over union with a word's box is above 0.5; each word and
 each detection counts once. Words that nobody could be asked to find (too small, cut off) are
 neither missed nor found: a detection that lies on one by more than half of its own area is left
-out. Hits are summed over all pictures before the ratios are taken. This is the matching by
-intersection over union that text detection took over from Pascal VOC (described in arXiv
-1907.01227, section 1); ICDAR 2013's own DetEval, with its one-to-many matches by area, is not
-computed here.
+out, as in ICDAR 2015 with the words that it marks "do not care". Hits are summed over all pictures
+before the ratios are taken. This is the matching by intersection over union that text detection
+took over from Pascal VOC (described in arXiv 1907.01227, section 1); ICDAR 2013's own DetEval, with
+its one-to-many matches by area, is not computed here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def score(
 ) -> Score:
     """Score one picture's detections against its words (n, 4, 2), of which (n,) are readable.
 
-    Detections choose in the order of their scores, each the free word that it covers best.
+    Detections that lie on unreadable words are left out first. The others choose in the order of
+    their scores, each the free word that it covers best.
     """
     detected = _polygons(found.quads)
     words = _polygons(quads)
@@ -72,15 +73,13 @@ def score(
     on_unreadable = (common / np.maximum(area, 1e-9))[:, ~readable].max(axis=1, initial=0.0) > 0.5
 
     free = readable.copy()
-    hits = left_out = 0
+    hits = 0
     for detection in np.argsort(-found.scores, kind="stable"):
         candidates = np.where(free, iou[detection], 0.0)
-        if candidates.max(initial=0.0) > overlap:
+        if candidates.max(initial=0.0) > overlap and not on_unreadable[detection]:
             free[candidates.argmax()] = False
             hits += 1
-        elif on_unreadable[detection]:
-            left_out += 1
-    return Score(hits, len(found) - left_out, int(readable.sum()))
+    return Score(hits, int((~on_unreadable).sum()), int(readable.sum()))
 
 
 def _polygons(quads: NDArray[np.float32]) -> NDArray[np.object_]:

@@ -37,7 +37,8 @@ def test_a_word_counts_once() -> None:
 
 
 def test_a_detection_on_an_unreadable_word_is_left_out() -> None:
-    total = score(boxes((50, 50, 40, 20, 0), (150, 50, 20, 10, 0.3)), WORDS, READABLE & [1, 0])
+    readable = np.array([True, False])
+    total = score(boxes((50, 50, 40, 20, 0), (150, 50, 20, 10, 0.3)), WORDS, readable)
     assert total == Score(hits=1, detections=1, words=1)
 
 
