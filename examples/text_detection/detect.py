@@ -4,30 +4,33 @@
 
 PICTURES are files or folders. A picture called NAME gets NAME.json, a list of
 {"quad": [[x, y] x 4], "x", "y", "w", "h", "theta", "score"}, in pixels and radians, surest first,
-and NAME.png with the boxes drawn. A picture that cannot be read is named and passed over.
+and NAME.png with the boxes drawn. Both speak of the picture as a viewer shows it, turned as EXIF
+says. A picture that cannot be read is named and passed over.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .detection import detect
+from .arguments import scale, share
+from .detection import SCALES, detect
 from .draw import draw_boxes
 from .errors import UserError, exit_on_user_error
+from .files import make_folder, write_json
 from .grid import Boxes
 from .processes import usable
-from .scene import read_picture
+from .scene import SUFFIXES, read_picture
 from .training import load_model
 
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+_SOFTWARE = "fcrn_fused, examples.text_detection.detect"
 
 
 def pictures_of(paths: Iterable[Path]) -> list[Path]:
@@ -47,6 +50,31 @@ def pictures_of(paths: Iterable[Path]) -> list[Path]:
         if names.count(name) > 1:
             raise UserError(f"two pictures are called {name}; name their folders one at a time")
     return found
+
+
+def check_out(out: Path, pictures: Iterable[Path]) -> None:
+    """UserError where `detect` would write over what is not its own, or beside the pictures."""
+    for picture in pictures:
+        if out.exists() and out.samefile(picture.parent):
+            raise UserError(f"--out {out} is the folder of {picture}; name another")
+        drawn = out / f"{picture.name}.png"
+        if drawn.exists() and not _is_signed(drawn):
+            raise UserError(f"{drawn} exists and is not from `detect`; name another --out")
+
+
+def _signature() -> PngInfo:
+    """Marks a drawing as one that the next run may replace."""
+    info = PngInfo()
+    info.add_text("Software", _SOFTWARE)
+    return info
+
+
+def _is_signed(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == _SOFTWARE
+    except Exception:  # as many kinds as in `read_picture`
+        return False
 
 
 def as_json(boxes: Boxes) -> list[dict[str, Any]]:
@@ -72,31 +100,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="what `train` wrote")
     parser.add_argument("pictures", type=Path, nargs="+", help="files or folders")
     parser.add_argument("--out", type=Path, default=Path("runs/detect"))
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125])
-    parser.add_argument("--threshold", type=float, default=0.3, help="least confidence of a box")
-    parser.add_argument("--overlap", type=float, default=0.3, help="of boxes that are one word")
+    parser.add_argument("--scales", type=scale, nargs="+", default=SCALES)
+    parser.add_argument("--threshold", type=share, default=0.3, help="least confidence of a box")
+    parser.add_argument("--overlap", type=share, default=0.3, help="of boxes that are one word")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     options = parser.parse_args(arguments)
-    for name in ("threshold", "overlap"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"--{name} must be between 0 and 1, not {getattr(options, name)}")
-    if min(options.scales) <= 0:
-        raise UserError(f"--scales must be above 0, not {min(options.scales)}")
-    model, grid = load_model(options.checkpoint, usable(options.device))
+    model, recipe = load_model(options.checkpoint, usable(options.device))
     paths = pictures_of(options.pictures)
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_out(options.out, paths)
+    make_folder(options.out)
 
     unread = []
     for path in tqdm(paths, "detect"):
         try:
             picture = read_picture(path)
+            boxes = detect(
+                model, recipe.grid(), picture, options.scales, options.threshold, options.overlap
+            )
         except UserError as error:
             tqdm.write(f"passed over: {error}", file=sys.stderr)
             unread.append(path)
             continue
-        boxes = detect(model, grid, picture, options.scales, options.threshold, options.overlap)
-        (options.out / f"{path.name}.json").write_text(json.dumps(as_json(boxes), indent=1) + "\n")
-        Image.fromarray(draw_boxes(picture, boxes)).save(options.out / f"{path.name}.png")
+        write_json(as_json(boxes), options.out / f"{path.name}.json")
+        drawn = Image.fromarray(draw_boxes(picture, boxes.quads, boxes.scores))
+        drawn.save(options.out / f"{path.name}.png", pnginfo=_signature())
     print(f"{len(paths) - len(unread)} of {len(paths)} pictures done, in {options.out}")
     if unread:
         raise UserError(f"{len(unread)} of {len(paths)} pictures could not be read")

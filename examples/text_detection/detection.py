@@ -10,7 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .errors import UserError
 from .grid import Boxes, Grid
+
+SCALES = (1.0, 0.5, 0.25, 0.125)
+"""Of the paper: words of all sizes come to a size that the network knows at one of them."""
+
+_MOST_PIXELS = 2**27  # of a scaled picture: the first layer's maps then take 4 GiB
 
 
 @torch.inference_mode()
@@ -18,24 +24,30 @@ def detect(
     model: nn.Module,
     grid: Grid,
     picture: NDArray[np.uint8],
-    scales: Sequence[float] = (1.0, 0.5, 0.25, 0.125),
+    scales: Sequence[float] = SCALES,
     threshold: float = 0.3,
     overlap: float = 0.3,
 ) -> Boxes:
     """Find the words of one picture (H, W, 3) uint8 of any size.
 
-    scales: the picture is looked at once for each, so that words larger than those of the
-        training pictures come down to a size that the network knows (the paper uses the default).
+    scales: the picture is looked at once for each.
     threshold: boxes of a lower confidence are dropped.
     overlap: of two boxes with a higher intersection over union the surer one is kept.
 
     Boxes are in pixels of `picture`, surest first. The model should be in eval mode.
+
+    UserError: the picture is too large at one of the scales.
     """
     device = next(model.parameters()).device
     height, width = picture.shape[:2]
     poses, scores = [], []
     for scale in scales:
         size = max(1, round(width * scale)), max(1, round(height * scale))
+        if size[0] * size[1] > _MOST_PIXELS:
+            raise UserError(
+                f"{width} x {height} pixels at scale {scale:g} are more than {_MOST_PIXELS}: "
+                "give smaller scales"
+            )
         scaled = cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if scale != 1 else picture
         tensor = torch.from_numpy(_padded(scaled, grid.stride)).permute(2, 0, 1)[None]
         maps = model(tensor.to(device))[0].float().cpu().numpy()

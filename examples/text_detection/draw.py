@@ -17,6 +17,7 @@ from .scene import Scene
 
 FOUND = (255, 64, 0)
 WORDS = (0, 200, 0)
+_TILE = 640
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -32,24 +33,32 @@ def draw_quads(
     return drawn
 
 
-def draw_boxes(picture: NDArray[np.uint8], boxes: Boxes) -> NDArray[np.uint8]:
-    """A copy of `picture` with the boxes and their scores."""
-    drawn = draw_quads(picture, boxes.quads, FOUND)
-    for quad, score in zip(boxes.quads, boxes.scores, strict=True):
+def draw_boxes(
+    picture: NDArray[np.uint8], quads: NDArray[np.float32], scores: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """A copy of `picture` with the outlines of `quads` (n, 4, 2) and their `scores` (n,)."""
+    drawn = draw_quads(picture, quads, FOUND)
+    for quad, score in zip(quads, scores, strict=True):
         x, y = np.rint(quad[0]).astype(int)
         place, font = (int(x), int(y) - 2), cv2.FONT_HERSHEY_SIMPLEX
         cv2.putText(drawn, f"{score:.2f}", place, font, 0.3, FOUND, 1, cv2.LINE_AA)
     return drawn
 
 
-def save_detections(
-    scenes: Sequence[Scene], found: Sequence[Boxes], path: Path, columns: int = 4
-) -> None:
-    """Write a sheet of scenes of one size, words outlined in green, detections in orange."""
-    tiles = [
-        draw_boxes(draw_quads(scene.picture, scene.quads, WORDS), boxes)
-        for scene, boxes in zip(scenes, found, strict=True)
-    ]
+def save_detections(found: Sequence[tuple[Scene, Boxes]], path: Path, columns: int = 4) -> None:
+    """Write a sheet of scenes, words outlined in green, detections in orange.
+
+    All are stretched to the size of the first, at most `_TILE` pixels long.
+    """
+    height, width = found[0][0].picture.shape[:2]
+    shrunk = min(1.0, _TILE / max(width, height))
+    width, height = max(1, round(width * shrunk)), max(1, round(height * shrunk))
+    tiles = []
+    for scene, boxes in found:
+        tile = scene.resized(width, height)
+        scale = np.float32([width, height]) / np.float32(scene.picture.shape[1::-1])
+        drawn = draw_quads(tile.picture, tile.quads, WORDS)
+        tiles.append(draw_boxes(drawn, boxes.quads * scale, boxes.scores))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     rows = [np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
     Image.fromarray(np.vstack(rows)).quantize(256).save(path, optimize=True)

@@ -1,7 +1,10 @@
 """Score a trained network on labelled pictures: precision, recall and F-measure.
 
 python -m examples.text_detection.evaluate runs/train/checkpoint.pt
-python -m examples.text_detection.evaluate runs/train/checkpoint.pt --data SYNTHTEXT
+python -m examples.text_detection.evaluate runs/train/checkpoint.pt --data DATA
+
+A network is scored on pictures as it was trained: stretched to its size, or, after a training on
+crops, whole.
 """
 
 from __future__ import annotations
@@ -15,25 +18,37 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .arguments import positive
+from .arguments import positive, scale, share
+from .batches import Stretched
 from .detection import detect
 from .errors import UserError, exit_on_user_error
 from .generator import GeneratedText
-from .grid import Grid
+from .grid import Boxes, Grid
+from .labelled import LabelledPictures
 from .processes import usable
 from .scene import Scene
 from .scoring import Score, score
-from .synthtext import SynthText
 from .training import load_model
 
 HELD_OUT_SEED = 1_000_003  # of the generated held-out pictures, which every score here is of
 
 
-def readable(scenes: Dataset[Scene]) -> Iterator[Scene]:
-    """The scenes in order; one whose picture cannot be read is warned about and left out."""
+def detections(
+    model: nn.Module,
+    grid: Grid,
+    scenes: Dataset[Scene],
+    scales: Sequence[float] = (1.0,),
+    threshold: float = 0.3,
+) -> Iterator[tuple[Scene, Boxes]]:
+    """The scenes in order with what `model` finds; leaves it in eval mode.
+
+    A scene whose picture cannot be read is warned about and left out.
+    """
+    model.eval()
     for index in range(len(scenes)):  # type: ignore[arg-type]
         try:
-            yield scenes[index]
+            scene = scenes[index]
+            yield scene, detect(model, grid, scene.picture, scales, threshold)
         except UserError as error:
             warnings.warn(f"scene {index} is left out: {error}", stacklevel=2)
 
@@ -46,14 +61,21 @@ def evaluate(
     threshold: float = 0.3,
     progress: bool = False,
 ) -> Score:
-    """The score of `model` on all `scenes`; leaves the model in eval mode."""
-    model.eval()
+    """The score of `model` on all `scenes`; leaves the model in eval mode.
+
+    UserError: no picture can be read.
+    """
     total = Score()
+    seen = False
+    found_in = detections(model, grid, scenes, scales, threshold)
     count = len(scenes)  # type: ignore[arg-type]
-    for scene in tqdm(readable(scenes), "evaluate", count, disable=not progress, leave=False):
-        found = detect(model, grid, scene.picture, scales, threshold)
+    for scene, found in tqdm(found_in, "evaluate", count, disable=not progress, leave=False):
         height, width = scene.picture.shape[:2]
-        total += score(found, scene.quads, grid.readable(scene.quads, width, height))
+        wanted = grid.readable(scene.quads, width, height) & scene.legible
+        total += score(found, scene.quads, wanted)
+        seen = True
+    if not seen:
+        raise UserError("none of the pictures to score can be read")
     return total
 
 
@@ -63,19 +85,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="evaluate", description="Precision, recall and F-measure of a trained network."
     )
     parser.add_argument("checkpoint", type=Path, help="what `train` wrote")
-    parser.add_argument("--data", type=Path, help="a folder in SynthText's format; else generated")
+    parser.add_argument("--data", type=Path, help="SynthText, ICDAR or COCO; else generated")
     parser.add_argument("--pictures", type=positive, default=200, help="how many, at most")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--threshold", type=float, default=0.3, help="least confidence of a box")
+    parser.add_argument("--scales", type=scale, nargs="+", help="1, or the paper's after --crop")
+    parser.add_argument("--threshold", type=share, default=0.3, help="least confidence of a box")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     options = parser.parse_args(arguments)
-    model, grid = load_model(options.checkpoint, usable(options.device))
+    model, recipe = load_model(options.checkpoint, usable(options.device))
+    grid, scales = recipe.grid(), options.scales or recipe.scales()
     scenes: Dataset[Scene]
     if options.data:
-        scenes = SynthText(options.data, length=options.pictures)
+        scenes = LabelledPictures(options.data, length=options.pictures)
+        scenes = scenes if recipe.crop else Stretched(scenes, grid)
     else:
         scenes = GeneratedText(options.pictures, grid.width, "held-out", HELD_OUT_SEED)
-    print(evaluate(model, grid, scenes, options.scales, options.threshold, progress=True))
+    print(evaluate(model, grid, scenes, scales, options.threshold, progress=True))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The SynthText data set as it lies on disk, and a writer of the same format.
+"""The labels of the SynthText data set, and a writer of the same format.
 
 A folder holds `gt.mat` and pictures. `gt.mat` has cell arrays of 1 x N, of which these are used:
 `imnames`, paths in the folder; `wordBB`, 2 x 4 x n, the x and y of the four corners of each of n
@@ -16,52 +16,28 @@ import numpy as np
 import scipy.io
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset
 
 from .errors import UserError
-from .scene import Scene, read_picture
+from .scene import Label, Scene
 
 _COLUMNS = ("imnames", "wordBB", "txt")
 
 
-class SynthText(Dataset[Scene]):
-    """The scenes of a folder in SynthText's format; a picture is read when it is asked for.
+def read_synthtext(path: Path) -> list[Label]:
+    """The labels in the file `gt.mat`; UserError where it is not SynthText's.
 
-    folder: holds `gt.mat`.
-    length: take only the first so many scenes.
-
-    The boxes of all scenes lie in one array, so that loader processes share them instead of each
-    copying millions of small ones. Boxes wholly outside their picture, of which the data set has
-    some, are dropped; those that reach over its border stay as they are.
-
-    UserError: no such folder, or a `gt.mat` that is not SynthText's.
+    Names may be padded with blanks and have backslashes. Where the number of words is not that
+    of the boxes, the words are empty: the boxes are still good.
     """
-
-    def __init__(self, folder: Path, length: int | None = None) -> None:
-        self.folder = Path(folder)
-        columns = _read_columns(self.folder / "gt.mat")
-        names, boxes, texts = (column[:length] for column in columns)
-        self._names = np.array([str(np.ravel(name)[0]) for name in names])
-        quads = [_quads(box, self.folder / "gt.mat", index) for index, box in enumerate(boxes)]
-        self._ends = np.cumsum([len(scene) for scene in quads])
-        self._quads = np.concatenate(quads) if quads else np.empty((0, 4, 2), np.float32)
-        self._texts = np.array(["\n".join(map(str, np.ravel(text))) for text in texts])
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> Scene:
-        if not 0 <= index < len(self):
-            raise IndexError(f"scene {index} of a set of {len(self)}")
-        picture = read_picture(self.folder / self._names[index])
-        start = self._ends[index - 1] if index else 0
-        quads = self._quads[start : self._ends[index]]
-        words = np.array(self._texts[index].split(), object)
+    labels = []
+    for index, (name, box, text) in enumerate(zip(*_read_columns(path), strict=True)):
+        picture = path.parent / str(np.ravel(name)[0]).strip().replace("\\", "/")
+        quads = _quads(box, path, index)
+        words = " ".join(map(str, np.ravel(text))).split()
         if len(words) != len(quads):
-            words = np.full(len(quads), "", object)  # a misfit: the boxes are still good
-        height, width = picture.shape[:2]
-        touching = ((quads.max(axis=1) > 0) & (quads.min(axis=1) < [width, height])).all(axis=1)
-        return Scene(picture, quads[touching], tuple(words[touching]))
+            words = [""] * len(quads)
+        labels.append(Label(picture, quads, tuple(words)))
+    return labels
 
 
 def write_synthtext(scenes: Iterable[Scene], folder: Path) -> None:

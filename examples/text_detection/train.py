@@ -4,8 +4,8 @@
     python -m examples.text_detection.train --resume           # go on after Ctrl-C
     torchrun --nproc-per-node 2 -m examples.text_detection.train
 
-The output folder gets `log.csv`, `checkpoint.pt`, `detections.png`, `curves.png` and
-`score.json`.
+The output folder gets `log.csv`, `checkpoint.pt`, `detections.png`, `curves.png`, `score.json`,
+and `tensorboard` where that is installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -26,18 +26,18 @@ from tqdm import tqdm
 
 from .arguments import natural, positive
 from .batches import StepSampler, Stretched, load
-from .detection import detect
 from .draw import save_curves, save_detections
 from .errors import UserError, exit_on_user_error
-from .evaluate import HELD_OUT_SEED, evaluate, readable
+from .evaluate import HELD_OUT_SEED, detections, evaluate
+from .files import make_folder, write_json
 from .generator import GeneratedText
-from .grid import warn_if_pixels
+from .grid import Grid, warn_if_pixels
+from .labelled import LabelledPictures, lost_words
 from .log import Log, read_log
 from .model import STRIDES, WIDTHS
-from .processes import joined
+from .processes import Processes, joined
 from .scene import Scene
 from .scoring import Score
-from .synthtext import SynthText
 from .training import Recipe, Training, check, read_checkpoint, save
 
 _COLUMNS = (
@@ -53,6 +53,7 @@ _COLUMNS = (
     "recall",
     "f_measure",
 )
+_HELD_OUT = 200
 _DRAWN = 12  # held-out pictures on the sheet of detections
 
 
@@ -68,7 +69,7 @@ class Run:
     log_every: int = 5
     score_every: int = 100
     save_every: int = 100
-    held_out: int = 200
+    held_out: int | None = None  # 200, and of `data` at most a fifth
 
 
 def train(recipe: Recipe, run: Run) -> Score | None:
@@ -79,43 +80,59 @@ def train(recipe: Recipe, run: Run) -> Score | None:
             raise UserError(
                 f"--batch {recipe.batch} does not part among {processes.count} processes"
             )
-        scenes, held_out = _scenes(recipe, run)
+        scenes, held_out = _scenes(recipe, run, processes)
         training = Training(recipe, processes, run.compile)
         checkpoint = run.out / "checkpoint.pt"
         if run.resume:
             training.load_state_dict(read_checkpoint(checkpoint))
         elif processes.first:
             _set_aside(run.out)
-            run.out.mkdir(parents=True, exist_ok=True)
+            make_folder(run.out)
         if not _optimise(training, scenes, held_out, run):
             if processes.first:
                 print(f"interrupted; {checkpoint} holds step {training.step}, --resume goes on")
             return None
         if not processes.first:
             return None
-        score = evaluate(training.model, recipe.grid(), held_out, progress=True)
+        score = evaluate(training.model, recipe.grid(), held_out, recipe.scales(), progress=True)
         _show(training, held_out, score, run)
         print(f"held-out pictures: {score}")
         print(f"figures in {run.out}; {time.monotonic() - started:.0f} s in all")
         return score
 
 
-def _scenes(recipe: Recipe, run: Run) -> tuple[Dataset[Scene], Dataset[Scene]]:
+def _scenes(
+    recipe: Recipe, run: Run, processes: Processes
+) -> tuple[Dataset[Scene], Dataset[Scene]]:
     """The training scenes and the held-out ones, which share no picture."""
     if not recipe.data:
         return (
             GeneratedText(recipe.pictures, recipe.size, "train", recipe.seed),
-            GeneratedText(run.held_out, recipe.size, "held-out", HELD_OUT_SEED),
+            GeneratedText(run.held_out or _HELD_OUT, recipe.size, "held-out", HELD_OUT_SEED),
         )
-    scenes = SynthText(Path(recipe.data))
-    if len(scenes) <= run.held_out:
+    scenes, grid = LabelledPictures(Path(recipe.data)), recipe.grid()
+    kept = run.held_out or min(_HELD_OUT, max(1, len(scenes) // 5))
+    first = len(scenes) - kept
+    if first < 1:
         raise UserError(
-            f"{recipe.data} has {len(scenes)} pictures, of which --held-out {run.held_out} leaves "
-            "none to train on"
+            f"{recipe.data} has {len(scenes)} pictures, of which --held-out {kept} leaves none to "
+            "train on"
         )
-    first = len(scenes) - run.held_out
+    if processes.first:
+        print(f"{first} pictures to train on, {kept} held out")
+        if not recipe.crop:
+            print(_lost_words(scenes, grid))
     held_out = Subset(scenes, range(first, len(scenes)))
-    return Subset(scenes, range(first)), Stretched(held_out, recipe.grid())
+    return Subset(scenes, range(first)), held_out if recipe.crop else Stretched(held_out, grid)
+
+
+def _lost_words(scenes: LabelledPictures, grid: Grid) -> str:
+    lost, words = lost_words(scenes, grid)
+    return (
+        f"{lost} of {words} readable words are lost to the input size: less than "
+        f"{grid.min_height:g} pixels high at {grid.width} x {grid.height}"
+        + (", where a larger --size, or --crop, would keep them" if lost else "")
+    )
 
 
 def _optimise(
@@ -127,7 +144,7 @@ def _optimise(
     if processes.first:
         log = Log(run.out / "log.csv", _COLUMNS, training.step if run.resume else None)
     # A glance while training; the score that counts is of all held-out pictures at the end.
-    few = Subset(held_out, range(min(50, run.held_out)))
+    few = Subset(held_out, range(min(50, len(held_out))))  # type: ignore[arg-type]
     steps = StepSampler(
         len(scenes),  # type: ignore[arg-type]
         recipe.batch,
@@ -138,7 +155,7 @@ def _optimise(
         processes.count,
     )
     bar = tqdm(
-        load(scenes, recipe.grid(), steps, run.workers),
+        load(scenes, recipe.grid(), steps, run.workers, recipe.seed if recipe.crop else None),
         "train",
         total=recipe.steps,
         initial=training.step,
@@ -152,13 +169,15 @@ def _optimise(
             last = training.step == recipe.steps
             if training.step % run.log_every == 0 or last:
                 parts = training.parts(stats, len(pictures))
+                if not math.isfinite(parts.loss):
+                    raise _diverged(training, run)
                 bar.set_postfix_str(
                     f"loss {parts.loss:.3f} = pose {parts.coord:.3f} + confidence "
                     f"{parts.positive_conf:.3f} (positive) + {parts.negative_conf:.3f} (negative)"
                 )
                 score = {}
                 if log and (training.step % run.score_every == 0 or last):
-                    score = _ratios(evaluate(training.model, recipe.grid(), few))
+                    score = _ratios(evaluate(training.model, recipe.grid(), few, recipe.scales()))
                 if log:
                     log.add(
                         training.step,
@@ -169,11 +188,24 @@ def _optimise(
                         **score,
                     )
             stop = processes.any(bool(pressed))
-            if processes.first and (training.step % run.save_every == 0 or last or stop):
-                save(training.state_dict(), run.out / "checkpoint.pt")
+            if training.step % run.save_every == 0 or last or stop:
+                if processes.any(not training.finite()):
+                    raise _diverged(training, run)
+                if processes.first:
+                    save(training.state_dict(), run.out / "checkpoint.pt")
             if stop and not last:
                 return False
     return True
+
+
+def _diverged(training: Training, run: Run) -> UserError:
+    """What to say when the loss or the weights are no longer finite."""
+    checkpoint = run.out / "checkpoint.pt"
+    kept = f"{checkpoint} holds an earlier step" if checkpoint.exists() else "nothing was saved"
+    return UserError(
+        f"the loss or the weights are no longer finite at step {training.step}: {kept}; train anew "
+        "with a lower --learning-rate or a lower --clip"
+    )
 
 
 @contextmanager
@@ -206,13 +238,12 @@ def _ratios(score: Score) -> dict[str, float]:
 def _show(training: Training, held_out: Dataset[Scene], score: Score, run: Run) -> None:
     """Write the two figures and the score."""
     grid = training.recipe.grid()
-    scenes = list(itertools.islice(readable(held_out), _DRAWN))
-    found = [detect(training.model, grid, scene.picture, scales=(1.0,)) for scene in scenes]
-    save_detections(scenes, found, run.out / "detections.png")
+    found = detections(training.model, grid, held_out, training.recipe.scales())
+    save_detections(list(itertools.islice(found, _DRAWN)), run.out / "detections.png")
     log = read_log(run.out / "log.csv")
     save_curves(log, run.out / "curves.png", f"held-out pictures: F-measure {score.f_measure:.3f}")
     summary = {**_ratios(score), **asdict(score), "recipe": asdict(training.recipe)}
-    (run.out / "score.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(summary, run.out / "score.json")
 
 
 def _set_aside(out: Path) -> None:
@@ -236,9 +267,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, default=run.out, help="folder to write to")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    add("--data", default=recipe.data, help="folder in SynthText's format; else generated")
+    add("--data", default=recipe.data, help="SynthText, ICDAR or COCO; else generated")
+    add("--crop", action="store_true", help="random windows of DATA's pictures, not stretched ones")
     add("--pictures", type=positive, default=recipe.pictures, help="generated to train on")
-    add("--held-out", type=positive, default=run.held_out, help="pictures kept for scoring")
+    add("--held-out", type=positive, help="kept for scoring: 200, of DATA at most a fifth")
     add("--size", type=positive, default=recipe.size, help="side of a picture in pixels")
     add("--stride", type=int, choices=STRIDES, default=recipe.stride, help="side of a cell")
     add("--width", choices=tuple(WIDTHS), default=recipe.width, help="channels of the network")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fcrn_fused import FCRNLoss, FCRNLossStats, StepNegativeWeight
 
+from .detection import SCALES
 from .errors import UserError
+from .files import replace_file
 from .grid import IGNORE, Grid
 from .model import FCRN, Norm
 from .processes import Processes
@@ -27,9 +30,10 @@ _GROWTHS = math.ceil(math.log(100) / math.log(_GAMMA))  # 95 growths lead from 0
 class Recipe:
     """What decides the result of a run; a run goes on only with the recipe it began with.
 
-    data: a folder in SynthText's format, "" for generated pictures.
+    data: a data set that `LabelledPictures` reads, "" for generated pictures.
     pictures: number of generated training pictures; more than are seen means none comes twice.
     size: width and height of the training pictures, in pixels.
+    crop: train on random windows of the pictures of `data`; else they are stretched to `size`.
     batch: pictures a step, of all processes together.
     learning_rate: the highest; it rises over the first twentieth of the steps and, with
         `decay` "cosine", falls to a hundredth by the end; with "paper" it falls to a tenth in
@@ -48,6 +52,7 @@ class Recipe:
     data: str = ""
     pictures: int = 100_000
     size: int = 256
+    crop: bool = False
     stride: int = 16
     width: str = "narrow"
     norm: Norm = "batch"
@@ -70,11 +75,17 @@ class Recipe:
     def model(self) -> FCRN:
         return FCRN(self.width, self.stride, self.norm)
 
+    def scales(self) -> tuple[float, ...]:
+        """At which held-out pictures are looked at; whole ones hold words of all sizes."""
+        return SCALES if self.crop else (1.0,)
+
 
 def check(recipe: Recipe) -> None:
     """UserError for values that argparse lets through and no run can use."""
     if recipe.size % recipe.stride:
         raise UserError(f"--size {recipe.size} is no multiple of --stride {recipe.stride}")
+    if recipe.crop and not recipe.data:
+        raise UserError("--crop needs --data: generated pictures have the size that is asked for")
     for name in ("learning_rate", "head_rate", "size_weight", "clip"):
         value = getattr(recipe, name)
         if not value > 0 or (value == math.inf and name != "clip"):
@@ -157,6 +168,12 @@ class Training:
         shares = coord / divisor, positive / divisor, negative / divisor
         return Parts(sum(shares), *shares, int(count))
 
+    def finite(self) -> bool:
+        """Whether all numbers of the model and of the optimiser are finite."""
+        momenta = (state["momentum_buffer"] for state in self.optimiser.state.values())
+        tensors = itertools.chain(self.model.state_dict().values(), momenta)
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs; tensors and plain values only."""
         state = {
@@ -174,8 +191,9 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; UserError if it is of another recipe."""
+        saved_recipe = asdict(_recipe(state))
         for name, value in asdict(self.recipe).items():
-            saved = state["recipe"].get(name)
+            saved = saved_recipe[name]
             if saved != value:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
@@ -245,9 +263,9 @@ def weight_schedule(loss: FCRNLoss, recipe: Recipe) -> StepNegativeWeight:
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint so that `path` always holds a whole one, the old or the new."""
-    beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    contents = io.BytesIO()
+    torch.save(state, contents)
+    replace_file(path, contents.getvalue())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -256,18 +274,27 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; `train` writes one") from None
-    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read {path} as a checkpoint: {reason}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # torch.load raises many kinds, and advises to switch its safety off
+        state = None
     if not isinstance(state, dict) or "recipe" not in state:
-        raise UserError(f"{path} is not a checkpoint that `train` wrote")
+        raise UserError(f"{path} is not a checkpoint that `train` wrote, or it is damaged")
     return state
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Grid]:
-    """The trained network of a checkpoint, in eval mode, and its coding of boxes."""
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Recipe]:
+    """The trained network of a checkpoint, in eval mode, and the recipe of its run."""
     state = read_checkpoint(path)
-    recipe = Recipe(**state["recipe"])
+    recipe = _recipe(state)
     model = recipe.model()
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), recipe.grid()
+    return model.to(device).eval(), recipe
+
+
+def _recipe(state: dict[str, Any]) -> Recipe:
+    """The recipe in a checkpoint; what it does not name has the default."""
+    known = {field.name for field in fields(Recipe)}
+    if unknown := sorted(state["recipe"].keys() - known):
+        raise UserError(f"the checkpoint is of another version: it has {', '.join(unknown)}")
+    return Recipe(**state["recipe"])

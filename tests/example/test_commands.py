@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import flags
 from PIL import Image
 
 from examples.text_detection import detect, evaluate, make_data
 from examples.text_detection.generator import GeneratedText
-from examples.text_detection.synthtext import SynthText
+from examples.text_detection.grid import Grid
+from examples.text_detection.labelled import LabelledPictures
 from examples.text_detection.train import main as train_main
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +44,7 @@ def test_make_data_writes_what_train_and_evaluate_read(
 ) -> None:
     data = tmp_path / "set"
     make_data.main([str(data), *flags(pictures=6, size=64, workers=0)])
-    assert len(SynthText(data)) == 6
+    assert len(LabelledPictures(data)) == 6
     train_main(flags(**SMALL, steps=1, data=data, out=tmp_path / "run"))
     (data / "0" / "000003.png").write_bytes(b"spoilt")
     with pytest.warns(UserWarning, match="scene 3 is left out: cannot read"):
@@ -71,6 +73,89 @@ def test_detect_leaves_boxes_and_a_drawing_for_every_picture_it_can_read(
     assert Image.open(out / "good.png.png").size == (256, 256)
 
 
+def test_detect_replaces_its_own_drawings_and_no_other_picture(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, out = tmp_path / "a.png", tmp_path / "found"
+    Image.new("L", (64, 64)).save(picture)
+    command = [str(checkpoint), str(picture), *flags(out=out, device="cpu")]
+    detect.main(command)
+    detect.main(command)
+    picture.replace(out / "a.png.png")
+    Image.new("L", (64, 64)).save(picture)
+    before = (out / "a.png.png").read_bytes()
+    assert "a.png.png exists and is not from `detect`" in refused(command, capsys, detect.main)
+    assert (out / "a.png.png").read_bytes() == before
+
+
+def test_detect_speaks_of_the_picture_as_a_viewer_shows_it(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (96, 64)).save(tmp_path / "a.jpg", exif=exif)
+    out = tmp_path / "found"
+    detect.main([str(checkpoint), str(tmp_path / "a.jpg"), *flags(out=out, threshold=0)])
+    assert Image.open(out / "a.jpg.png").size == (64, 96)
+    boxes = json.loads((out / "a.jpg.json").read_text())
+    assert max(box["y"] for box in boxes) > 64 > max(box["x"] for box in boxes)
+
+
+def test_infinite_maps_give_valid_json(tmp_path: Path, checkpoint: Path) -> None:
+    state = torch.load(checkpoint)
+    state["model"]["head.bias"][:] = torch.tensor([torch.inf, 0, 1e38, -torch.inf, 0, torch.nan, 1])
+    torch.save(state, tmp_path / "infinite.pt")
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    out = tmp_path / "found"
+    detect.main([str(tmp_path / "infinite.pt"), str(tmp_path / "a.png"), *flags(out=out)])
+    assert json.loads((out / "a.png.json").read_text()) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (40_000, 5)])
+def test_detect_takes_pictures_of_any_shape(
+    tmp_path: Path, checkpoint: Path, size: tuple[int, int]
+) -> None:
+    Image.new("L", size).save(tmp_path / "a.png")
+    detect.main([str(checkpoint), str(tmp_path / "a.png"), *flags(out=tmp_path / "out")])
+    assert Image.open(tmp_path / "out" / "a.png.png").size == size
+
+
+def write_icdar(folder: Path, count: int) -> None:
+    """Generated pictures as a user of ICDAR's format has them."""
+    folder.mkdir()
+    for index in range(count):
+        scene = GeneratedText(count, 128)[index]
+        Image.fromarray(scene.picture).resize((320, 180)).save(folder / f"img_{index}.jpg")
+        corners = np.rint(scene.quads * [320 / 128, 180 / 128]).astype(int).reshape(-1, 8)
+        lines = [f"{','.join(map(str, quad))},###" for quad in corners[:1].tolist()]
+        lines += [f"{','.join(map(str, quad))},a, b" for quad in corners[1:].tolist()]
+        (folder / f"gt_img_{index}.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+
+
+@pytest.mark.parametrize("crop", [[], ["--crop"]])
+def test_an_icdar_folder_trains_and_is_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], crop: list[str]
+) -> None:
+    write_icdar(tmp_path / "icdar", 8)
+    out = tmp_path / "run"
+    quick = {"size": 64, "batch": 2, "workers": 0, "steps": 2, "device": "cpu"}
+    train_main([*flags(**quick, data=tmp_path / "icdar", out=out), *crop])
+    said = capsys.readouterr().out
+    assert "7 pictures to train on, 1 held out" in said
+    assert ("words are lost to the input size: less than 8 pixels high at 64 x 64" in said) == (
+        not crop
+    )
+    trained = json.loads((out / "score.json").read_text())
+    evaluate.main([str(out / "checkpoint.pt"), "--data", str(tmp_path / "icdar")])
+    assert "F-measure" in capsys.readouterr().out
+    held_out = LabelledPictures(tmp_path / "icdar")[7]
+    width, height = (320, 180) if crop else (64, 64)
+    quads = held_out.resized(width, height).quads
+    wanted = Grid(16, 64, 64).readable(quads, width, height) & held_out.legible
+    assert trained["words"] == wanted.sum() > 0
+    assert Image.open(out / "detections.png").size == ((4 * 320, 180) if crop else (4 * 64, 64))
+
+
 def test_an_empty_folder_is_no_list_of_pictures(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,15 +169,31 @@ def test_an_empty_folder_is_no_list_of_pictures(
     [
         (["nowhere.pt", "x.png"], "there is no checkpoint nowhere.pt"),
         (["CHECKPOINT", "nowhere.png"], "there is no file or folder nowhere.png"),
-        (["CHECKPOINT", ".", "--threshold", "2"], "--threshold must be between 0 and 1, not 2.0"),
-        (["CHECKPOINT", ".", "--scales", "0"], "--scales must be above 0, not 0.0"),
+        (["CHECKPOINT", ".", "--threshold", "2"], "--threshold: 2.0 is not between 0 and 1"),
+        (["CHECKPOINT", ".", "--overlap", "nan"], "--overlap: nan is not between 0 and 1"),
+        (["CHECKPOINT", ".", "--scales", "0"], "--scales: 0.0 is not above 0 and finite"),
+        (["CHECKPOINT", ".", "--scales", "1", "nan"], "--scales: nan is not above 0 and finite"),
+        (["CHECKPOINT", ".", "--scales", "inf"], "--scales: inf is not above 0 and finite"),
+        (["CHECKPOINT", ".", "--scales", "one"], "--scales: 'one' is not a number"),
+        (["CHECKPOINT", "PICTURE", "--scales", "1e9"], "1 of 1 pictures could not be read"),
+        (["CHECKPOINT", "PICTURE", "--out", "PICTURE"], "PICTURE: File exists"),
+        (["CHECKPOINT", "PICTURE", "--out", "FOLDER"], "is the folder of PICTURE; name another"),
+        (["CHECKPOINT", "PICTURE", "--out", "/proc/found"], "cannot make the folder /proc/found"),
     ],
 )
 def test_detect_says_what_is_wrong(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
-    command = [argument.replace("CHECKPOINT", str(checkpoint)) for argument in arguments]
-    assert message in refused(command, capsys, detect.main)
+    picture = tmp_path / "a.png"
+    Image.new("L", (64, 64)).save(picture)
+    places = {"CHECKPOINT": checkpoint, "PICTURE": picture, "FOLDER": tmp_path}
+    arguments = [str(places.get(argument, argument)) for argument in arguments]
+    message = message.replace("PICTURE", str(picture))
+    assert message in refused(arguments, capsys, detect.main)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +202,9 @@ def test_detect_says_what_is_wrong(
         (["--steps", "0"], "0 is not at least 1"),
         (["--stride", "12"], "invalid choice: 12"),
         (["--size", "250"], "--size 250 is no multiple of --stride 16"),
-        (["--data", "nowhere"], "there is no nowhere/gt.mat"),
+        (["--data", "nowhere"], "there is no file or folder nowhere"),
+        (["--data", "."], "has neither SynthText's gt.mat, nor a COCO-style .json file, nor"),
+        (["--crop"], "--crop needs --data"),
         (["--learning-rate", "-1"], "--learning-rate must be above 0"),
         (["--anneal", "0"], "--anneal must be above 0 and at most 1"),
         (["--device", "tpu9"], "--device"),

@@ -13,8 +13,9 @@ from examples.text_detection.batches import load
 from examples.text_detection.errors import UserError
 from examples.text_detection.generator import GeneratedText, Style
 from examples.text_detection.grid import IGNORE, Grid
+from examples.text_detection.labelled import LabelledPictures
 from examples.text_detection.scene import Scene
-from examples.text_detection.synthtext import SynthText, write_synthtext
+from examples.text_detection.synthtext import write_synthtext
 
 
 def scene(quads: list, words: tuple[str, ...] = ()) -> Scene:
@@ -32,7 +33,7 @@ def box_at(x: float, y: float) -> list:
 def test_what_was_generated_is_read_back(tmp_path: Path) -> None:
     scenes = GeneratedText(6, style=Style(words=(0, 3)))
     write_synthtext((scenes[index] for index in range(6)), tmp_path)
-    read = SynthText(tmp_path)
+    read = LabelledPictures(tmp_path)
     assert len(read) == 6
     for index in range(6):
         there, back = scenes[index], read[index]
@@ -48,7 +49,7 @@ def test_a_single_word_is_2_x_4_on_disk_and_n_x_4_x_2_here(tmp_path: Path) -> No
     assert cells[0, 0].shape == (2, 4)
     assert cells[0, 0].tolist() == np.transpose(BOX).tolist()  # the row of x, the row of y
     assert cells[0, 1].shape == (2, 4, 2)
-    read = SynthText(tmp_path)
+    read = LabelledPictures(tmp_path)
     assert [read[index].quads.shape for index in range(3)] == [(1, 4, 2), (2, 4, 2), (0, 4, 2)]
     assert read[0].quads[0].tolist() == BOX
 
@@ -56,7 +57,7 @@ def test_a_single_word_is_2_x_4_on_disk_and_n_x_4_x_2_here(tmp_path: Path) -> No
 def test_boxes_wholly_outside_are_dropped_with_their_words(tmp_path: Path) -> None:
     boxes = [box_at(-80, 20), BOX, box_at(90, 50), box_at(20, 61)]
     write_synthtext([scene(boxes, ("left", "in", "cut", "below"))], tmp_path)
-    read = SynthText(tmp_path)[0]
+    read = LabelledPictures(tmp_path)[0]
     assert read.words == ("in", "cut")
     assert read.quads[:, 0].tolist() == [[10, 20], [90, 50]]
 
@@ -67,12 +68,14 @@ def test_instances_of_several_lines_are_parted_into_words(tmp_path: Path) -> Non
     contents["txt"][0, 0] = np.array(["Lines:\nI", "lost    "])  # padded, as MATLAB pads
     columns = {name: contents[name] for name in ("imnames", "wordBB", "txt")}
     scipy.io.savemat(tmp_path / "gt.mat", columns)
-    assert SynthText(tmp_path)[0].words == ("Lines:", "I", "lost")
+    assert LabelledPictures(tmp_path)[0].words == ("Lines:", "I", "lost")
 
 
 def test_workers_code_the_scenes_of_any_size(tmp_path: Path) -> None:
     write_synthtext([scene([box_at(11, 20)]), scene([box_at(60, 30)])], tmp_path)
-    (batch,) = load(SynthText(tmp_path), Grid(16, 128, 128, min_height=4), [[0, 1]], workers=2)
+    (batch,) = load(
+        LabelledPictures(tmp_path), Grid(16, 128, 128, min_height=4), [[0, 1]], workers=2
+    )
     pictures, target, _ = batch
     assert pictures.shape == (2, 3, 128, 128)
     # The middle (26, 26) of 100 x 60 pixels is (33.3, 55.5) of 128 x 128.
@@ -84,7 +87,7 @@ def test_a_spoilt_picture_counts_for_nothing(tmp_path: Path) -> None:
     write_synthtext([scene([BOX])], tmp_path)
     (tmp_path / "0" / "000000.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"scene 0 counts for nothing: cannot read .*000000\.png"):
-        (batch,) = load(SynthText(tmp_path), Grid(), [[0]], workers=0)
+        (batch,) = load(LabelledPictures(tmp_path), Grid(), [[0]], workers=0)
     assert (batch[1][0, 6] == IGNORE).all()
 
 
@@ -117,7 +120,7 @@ def bad_box() -> np.ndarray:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (None, "there is no .*gt.mat; name the folder that holds SynthText's gt.mat"),
+        (None, "has neither SynthText's gt.mat, nor a COCO-style"),
         (b"not a MAT file", "cannot read .*gt.mat as a MATLAB file"),
         (columns(wordBB=None), "is not SynthText's: it has no wordBB"),
         (columns(txt=two_texts()), "1 imnames, 1 wordBB, 2 txt, not one of each"),
@@ -131,12 +134,13 @@ def test_a_wrong_gt_mat_is_explained(tmp_path: Path, contents: object, message: 
     elif contents is not None:
         scipy.io.savemat(tmp_path / "gt.mat", contents)
     with pytest.raises(UserError, match=message):
-        SynthText(tmp_path)
+        LabelledPictures(tmp_path)
 
 
-def test_a_missing_picture_is_named(tmp_path: Path) -> None:
-    scipy.io.savemat(tmp_path / "gt.mat", columns())
-    with pytest.raises(UserError, match=r"there is no picture .*a\.png"):
-        SynthText(tmp_path)[0]
-    Image.new("L", (20, 10)).save(tmp_path / "a.png")
-    assert SynthText(tmp_path)[0].picture.shape == (10, 20, 3)
+def test_names_may_have_backslashes_and_be_padded_with_blanks(tmp_path: Path) -> None:
+    names = np.empty((1, 1), object)
+    names[0, 0] = np.array(["8\\a.png   "])
+    scipy.io.savemat(tmp_path / "gt.mat", columns(imnames=names))
+    (tmp_path / "8").mkdir()
+    Image.new("L", (20, 10)).save(tmp_path / "8" / "a.png")
+    assert LabelledPictures(tmp_path)[0].picture.shape == (10, 20, 3)
