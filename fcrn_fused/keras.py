@@ -95,17 +95,19 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
         """The PyTorch module, for schedules: `StepNegativeWeight(loss.module)`."""
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
-        """The reduced loss. A `sample_weight` with fewer dimensions than (B, *S) starts with B."""
-        dims = len(y_pred.shape) - 1  # of (B, *S)
+        """The reduced loss of `y_true` and `y_pred`, both in `data_format`.
+
+        `sample_weight` is a number or has the shape (B,), (B, *S) or (B, *S, 1); its dimensions may
+        be 1, and its last ones may be missing.
+
+        Raises:
+            ValueError: `sample_weight` has another shape.
+        """
         if sample_weight is not None:
-            # Keras would align it with the last dimensions instead.
             sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype=self.dtype)
-            if 0 < sample_weight.ndim < dims:
-                missing = dims - sample_weight.ndim
-                sample_weight = sample_weight.reshape(*sample_weight.shape, *(1,) * missing)
+            sample_weight = self._for_cells(sample_weight, tuple(y_pred.shape))
         reduction = _SCALAR_REDUCTIONS.get(self.reduction)
-        fits = sample_weight is None or sample_weight.ndim in (0, dims)
-        if reduction is None or not fits or getattr(y_pred, "_keras_mask", None) is not None:
+        if reduction is None or getattr(y_pred, "_keras_mask", None) is not None:
             loss: Tensor = super().__call__(y_true, y_pred, sample_weight)
             return loss
         y_true, y_pred = (
@@ -118,6 +120,30 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each cell, (B, *S); the maps are in `data_format`."""
         return self._loss(y_true, y_pred, "cell")
+
+    def _for_cells(self, sample_weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The weight with the dimensions of the cells of maps of `shape`, or a 0-dim one.
+
+        Keras would align a smaller one with the last dimensions of (B, *S), and broadcast the
+        losses to a larger one.
+        """
+        cells = shape[:-1] if self.data_format == "channels_last" else (shape[0], *shape[2:])
+        given = tuple(sample_weight.shape)
+        if len(given) == len(cells) + 1 and given[-1] == 1:
+            sample_weight = sample_weight.squeeze(-1)
+        elif 0 < len(given) < len(cells):
+            sample_weight = sample_weight.reshape(*given, *(1,) * (len(cells) - len(given)))
+        if sample_weight.ndim == 0:
+            return sample_weight
+        sizes = tuple(sample_weight.shape)
+        if len(sizes) != len(cells) or any(
+            size not in (1, wanted) for size, wanted in zip(sizes, cells, strict=True)
+        ):
+            raise ValueError(
+                f"sample_weight must have one weight for each image, shape ({shape[0]},), or for "
+                f"each cell, shape {cells}, got shape {given}"
+            )
+        return sample_weight
 
     def _loss(
         self, y_true: Tensor, y_pred: Tensor, reduction: str, weight: Tensor | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,21 @@ def keras_batch(data_format: str, **options: Any) -> tuple[torch.Tensor, torch.T
     if data_format == "channels_last":
         pred, target = (x.movedim(1, -1).contiguous() for x in (pred, target))
     return pred, target
+
+
+PICTURES = np.random.default_rng(0).random((12, 4, 4, 3), dtype=np.float32)
+TARGET = np.zeros((12, 4, 4, 7), dtype=np.float32)
+TARGET[:, 1, 2] = [0.1, -0.2, 0.5, 0.2, 1.0, 0.0, 1.0]
+
+
+def model_and_schedule(**optimizer: Any) -> tuple[Any, fcrn_fused.LinearNegativeWeight]:
+    """A compiled model for PICTURES and a new schedule of its loss."""
+    keras.utils.set_random_seed(0)
+    head = keras.layers.Conv2D(7, 1, data_format="channels_last")
+    model = keras.Sequential([keras.Input((4, 4, 3)), head])
+    loss = FCRNLoss(data_format="channels_last")
+    model.compile(optimizer=keras.optimizers.SGD(0.01, **optimizer), loss=loss)
+    return model, fcrn_fused.LinearNegativeWeight(loss.module, total_iters=30)
 
 
 def as_channels_first(x: torch.Tensor, data_format: str) -> torch.Tensor:
@@ -135,6 +151,49 @@ def test_a_batch_as_wide_as_long_is_weighed_by_picture() -> None:
     weight = np.array([1, 0, 0, 0], dtype=np.float32)
     loss = FCRNLoss(data_format="channels_last", reduction="sum")(target, pred, weight)
     assert loss.item() == pytest.approx(16 * 9 / 7)
+
+
+@both_formats
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", None])
+@pytest.mark.parametrize("shape", [(1,), (1, 5, 6), (4, 1, 6), (4, 5, 6, 1)], ids=str)
+def test_a_sample_weight_may_have_dimensions_of_1(
+    data_format: str, reduction: str | None, shape: tuple[int, ...]
+) -> None:
+    pred, target = keras_batch(data_format)
+    loss = FCRNLoss(data_format=data_format, reduction=reduction)
+    got = loss(target, pred, sample_weight=np.full(shape, 0.5))
+    cells = 0.5 * loss.call(target, pred)
+    want = {
+        "sum_over_batch_size": cells.mean(),
+        "mean_with_sample_weight": cells.sum() / (0.5 * np.prod(shape)),
+        None: cells,
+    }
+    torch.testing.assert_close(got, want[reduction])
+
+
+@both_formats
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", None])
+@pytest.mark.parametrize(
+    "shape",
+    [(3,), (0,), (6,), (4, 6), (5, 6), (4, 5, 7), (4, 7, 5, 6), (4, 5, 6, 7), (4, 1, 5, 6)],
+    ids=str,
+)
+def test_a_sample_weight_of_another_shape_is_refused_by_name(
+    data_format: str, reduction: str | None, shape: tuple[int, ...]
+) -> None:
+    pred, target = keras_batch(data_format)
+    loss = FCRNLoss(data_format=data_format, reduction=reduction)
+    wanted = r"sample_weight must .* shape \(4,\), .* shape \(4, 5, 6\), got shape "
+    with pytest.raises(ValueError, match=wanted + re.escape(str(shape))):
+        loss(target, pred, sample_weight=np.ones(shape))
+
+
+def test_fit_names_the_sample_weight_that_it_refuses() -> None:
+    model, _ = model_and_schedule()
+    with pytest.raises(
+        ValueError, match=r"sample_weight must .*\(4, 4, 4\), got shape \(4, 4, 5\)"
+    ):
+        model.fit(PICTURES, TARGET, sample_weight=np.ones((12, 4, 5)), batch_size=4, verbose=0)
 
 
 def test_numpy_and_half_inputs() -> None:
