@@ -173,15 +173,27 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
 class NegativeWeightCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """Steps a schedule of the negative weight after each training batch.
 
+    The weight follows the number of the epoch. A new schedule (`last_step` is 0) that meets a
+    training resumed at epoch k, by `fit(initial_epoch=k)` or by `BackupAndRestore`, is first
+    stepped k times the number of batches of an epoch. Where Keras repeats an interrupted epoch,
+    the weight is therefore that of the start of that epoch, also if `save_freq` is a number of
+    batches. A schedule that has taken a step, or whose state was loaded, continues from its own
+    `last_step`.
+
+    Every batch is one step, with `gradient_accumulation_steps` too.
+
     Adds the weight to the logs of each epoch as "negative_weight", for `History` and for a
     `CSVLogger` that comes later in the list of callbacks.
 
     Args:
         schedule: `StepNegativeWeight` or `LinearNegativeWeight` over `loss.module`, or anything
-            with `step()` and `get_last_weight()`.
+            with `step()` and `get_last_weight()`. One without `last_step` is never taken to a
+            later epoch.
 
     Raises:
         TypeError: `schedule` has no such methods.
+        ValueError: at the start of a resumed training with a new schedule, if Keras does not know
+            the number of batches of an epoch, as with a generator without `steps_per_epoch`.
     """
 
     def __init__(self, schedule: StepNegativeWeight | LinearNegativeWeight) -> None:
@@ -192,6 +204,21 @@ class NegativeWeightCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 f"got {type(schedule).__name__}"
             )
         self.schedule = schedule
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Take a new schedule to the start of `epoch`."""
+        # Not in on_train_begin, where BackupAndRestore may not have restored the epoch yet.
+        if epoch == 0 or getattr(self.schedule, "last_step", None) != 0:
+            return
+        batches = (self.params or {}).get("steps")
+        if batches is None:
+            raise ValueError(
+                f"training resumes at epoch {epoch} with a new schedule, and Keras does not know "
+                "how many batches an epoch has; pass steps_per_epoch to fit, or load the "
+                "schedule's state_dict"
+            )
+        for _ in range(epoch * batches):
+            self.schedule.step()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Advance the schedule by one step."""

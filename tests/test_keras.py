@@ -298,6 +298,135 @@ def test_two_epochs_saved_and_loaded(data_format: str, tmp_path: Path) -> None:
     loaded.fit(pictures.numpy(), target.numpy(), verbose=0)  # goes on with optimiser and loss
 
 
+# ---- training that goes on ----------------------------------------------------------------------
+
+BATCHES = 3  # of an epoch
+
+
+class Interrupt(keras.callbacks.Callback):  # type: ignore[misc]
+    """Raises KeyboardInterrupt after a batch."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        super().__init__()
+        self.at = (epoch, batch)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if (self.epoch, batch) == self.at:
+            raise KeyboardInterrupt
+
+
+def weights_of_fit(model: Any, *callbacks: Any, epochs: int = 5, **options: Any) -> list[float]:
+    """The weight after each epoch."""
+    history = model.fit(
+        PICTURES,
+        TARGET,
+        batch_size=4,
+        epochs=epochs,
+        verbose=0,
+        callbacks=list(callbacks),
+        **options,
+    ).history
+    return list(history["negative_weight"])
+
+
+@pytest.fixture(scope="module")
+def whole_run() -> list[float]:
+    model, schedule = model_and_schedule()
+    weights = weights_of_fit(model, NegativeWeightCallback(schedule))
+    assert schedule.last_step == 5 * BATCHES
+    return weights
+
+
+@pytest.mark.parametrize("at", [(0, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize("save_freq", ["epoch", 2, 4])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_new_schedule_goes_on_where_backup_and_restore_does(
+    whole_run: list[float], at: tuple[int, int], save_freq: Any, is_first: bool, tmp_path: Path
+) -> None:
+    def weights_of_process(*more: Any) -> tuple[list[float], int]:
+        model, schedule = model_and_schedule()
+        callbacks = [keras.callbacks.BackupAndRestore(tmp_path / "b", save_freq=save_freq)]
+        callbacks.insert(0 if is_first else 1, NegativeWeightCallback(schedule))
+        return weights_of_fit(model, *callbacks, *more), schedule.last_step
+
+    with pytest.raises(KeyboardInterrupt):
+        weights_of_process(Interrupt(*at))
+    weights, last_step = weights_of_process()
+    assert 1 <= len(weights) <= 5
+    assert weights == whole_run[-len(weights) :]
+    assert last_step == 5 * BATCHES
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_a_new_schedule_goes_on_at_the_initial_epoch(
+    whole_run: list[float], optimizer: dict[str, Any], tmp_path: Path
+) -> None:
+    model, schedule = model_and_schedule(**optimizer)
+    weights = weights_of_fit(model, NegativeWeightCallback(schedule), epochs=2)
+    model.save(tmp_path / "model.keras")
+
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    schedule = fcrn_fused.LinearNegativeWeight(loaded.loss.module, total_iters=30)
+    weights += weights_of_fit(loaded, NegativeWeightCallback(schedule), initial_epoch=2)
+    assert weights == whole_run
+    assert schedule.last_step == 5 * BATCHES
+
+
+@pytest.mark.parametrize("options", [{"initial_epoch": 2}, {"epochs": 3}], ids=str)
+@pytest.mark.parametrize("is_new", [False, True], ids=["same callback", "new callback"])
+def test_a_second_fit_goes_on(
+    whole_run: list[float], options: dict[str, Any], is_new: bool
+) -> None:
+    model, schedule = model_and_schedule()
+    callback = NegativeWeightCallback(schedule)
+    weights = weights_of_fit(model, callback, epochs=2)
+    if is_new:
+        callback = NegativeWeightCallback(schedule)
+    weights += weights_of_fit(model, callback, **options)
+    assert weights == whole_run
+
+
+def test_a_schedule_with_a_loaded_state_is_not_moved() -> None:
+    model, schedule = model_and_schedule()
+    schedule.load_state_dict({**schedule.state_dict(), "last_step": 7})
+    weights_of_fit(model, NegativeWeightCallback(schedule), initial_epoch=3)
+    assert schedule.last_step == 7 + 2 * BATCHES
+
+
+def batches_of_unknown_number() -> Any:
+    for first in range(0, 12, 4):
+        yield PICTURES[first : first + 4], TARGET[first : first + 4]
+
+
+def test_a_new_schedule_has_to_know_the_batches_of_an_epoch() -> None:
+    model, schedule = model_and_schedule()
+    callbacks = [NegativeWeightCallback(schedule)]
+    options: dict[str, Any] = {"verbose": 0, "callbacks": callbacks, "initial_epoch": 2}
+    options["shuffle"] = False
+    with pytest.raises(ValueError, match=r"resumes at epoch 2 .* pass steps_per_epoch to fit"):
+        model.fit(batches_of_unknown_number(), epochs=3, **options)
+    model.fit(batches_of_unknown_number(), epochs=3, steps_per_epoch=BATCHES, **options)
+    assert schedule.last_step == 3 * BATCHES
+
+
+def test_a_schedule_without_a_last_step_is_only_stepped() -> None:
+    class Count:
+        steps = 0
+
+        def step(self) -> None:
+            self.steps += 1
+
+        def get_last_weight(self) -> float:
+            return float(self.steps)
+
+    model, _ = model_and_schedule()
+    callback = NegativeWeightCallback(Count())  # type: ignore[arg-type]
+    assert weights_of_fit(model, callback, initial_epoch=3) == [BATCHES, 2 * BATCHES]
+
+
 @pytest.mark.slow
 def test_jit_compile_trains_as_eager_does() -> None:
     pictures, target = (x.cpu().numpy() for x in keras_batch("channels_last"))
