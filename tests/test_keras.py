@@ -427,6 +427,52 @@ def test_a_schedule_without_a_last_step_is_only_stepped() -> None:
     assert weights_of_fit(model, callback, initial_epoch=3) == [BATCHES, 2 * BATCHES]
 
 
+@pytest.mark.parametrize("negative_weight", [1.0, 0.5])
+def test_a_loss_with_a_fixed_weight_as_a_metric(negative_weight: float) -> None:
+    """The last batch is smaller, and counts for less."""
+    model, _ = model_and_schedule()
+    fixed = FCRNLoss(
+        negative_weight=negative_weight,
+        data_format="channels_last",
+        reduction=None,
+        name="fixed_weight",
+    )
+    model.compile(loss=model.loss, metrics=[fixed])
+    got = model.evaluate(PICTURES, TARGET, batch_size=5, verbose=0, return_dict=True)
+    want = fixed(TARGET, model.predict(PICTURES, verbose=0)).mean().item()
+    assert got["fixed_weight"] == pytest.approx(want)
+
+
+def test_early_stopping_on_val_loss_stops_while_the_network_gets_better() -> None:
+    def history_of(*callbacks: Any) -> dict[str, list[float]]:
+        model, _ = model_and_schedule()
+        fixed = FCRNLoss(data_format="channels_last", reduction=None, name="fixed_weight")
+        model.compile(keras.optimizers.Adam(0.003), loss=model.loss, metrics=[fixed])
+        schedule = fcrn_fused.LinearNegativeWeight(model.loss.module, total_iters=40)
+        history: dict[str, list[float]] = model.fit(
+            PICTURES[:8],
+            TARGET[:8],
+            validation_data=(PICTURES[8:], TARGET[8:]),
+            batch_size=4,
+            epochs=24,
+            verbose=0,
+            callbacks=[NegativeWeightCallback(schedule), *callbacks],
+        ).history
+        return history
+
+    whole = history_of()
+    stopped = len(history_of(keras.callbacks.EarlyStopping(patience=2))["loss"])
+    assert stopped < 20, "in the middle of the annealing"
+    assert whole["val_loss"][-1] > min(whole["val_loss"][:stopped])
+    assert whole["val_fixed_weight"][-1] < 0.8 * min(whole["val_fixed_weight"][:stopped])
+    for other in (
+        {"start_from_epoch": 20},
+        {"monitor": "val_fixed_weight", "mode": "min"},
+    ):
+        stop = keras.callbacks.EarlyStopping(patience=2, **other)
+        assert len(history_of(stop)["loss"]) == 24
+
+
 @pytest.mark.slow
 def test_jit_compile_trains_as_eager_does() -> None:
     pictures, target = (x.cpu().numpy() for x in keras_batch("channels_last"))
