@@ -18,6 +18,7 @@ import torch
 from batches import DTYPES, REDUCTIONS, make_batch
 from implementations import Implementation
 from tolerances import assert_gradient, assert_loss
+from torch.optim.swa_utils import AveragedModel
 
 import fcrn_fused
 
@@ -325,6 +326,30 @@ def test_a_copy_of_a_schedule_anneals_its_own_copy_of_the_loss() -> None:
     other.step()
     assert other.loss.negative_weight.item() == pytest.approx(0.02)
     assert schedule.loss.negative_weight.item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_has_the_weight_of_its_last_update(use_buffers: bool) -> None:
+    """With `use_buffers=True` it averages the weight, as it does the parameters."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), fcrn_fused.FCRNLoss())
+    schedule = fcrn_fused.LinearNegativeWeight(model[1], initial=0.0, total_iters=4)
+    average = AveragedModel(model, use_buffers=use_buffers)
+    for _ in range(2):
+        schedule.step()
+        average.update_parameters(model)
+    assert model[1].negative_weight.item() == 0.5
+    schedule.step()
+    assert average.module[1].negative_weight.item() == (0.375 if use_buffers else 0.5)
+
+
+def test_a_schedule_does_not_reach_a_copy_of_its_loss() -> None:
+    loss = fcrn_fused.FCRNLoss()
+    schedule = fcrn_fused.LinearNegativeWeight(loss, initial=0.0, total_iters=4)
+    alone, (other, other_schedule) = copy.deepcopy(loss), copy.deepcopy((loss, schedule))
+    schedule.step()
+    assert [each.negative_weight.item() for each in (loss, alone, other)] == [0.25, 0.0, 0.0]
+    other_schedule.step()
+    assert other.negative_weight.item() == 0.25
 
 
 def test_train_eval_and_zero_grad_do_nothing(impl: Implementation) -> None:
