@@ -1,7 +1,8 @@
-"""torch.export, an AOTInductor package, and opcheck on the operators beneath."""
+"""torch.export, older exporters, and opcheck on the operators beneath."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import math
@@ -90,6 +91,77 @@ def test_an_aot_inductor_package(fused: Implementation, tmp_path: Path) -> None:
         for seed in range(2):
             arguments = picture_and_target(fused.device, seed=seed)
             torch.testing.assert_close(loaded(*arguments), model(*arguments))
+
+
+# ---- TorchScript, torch.fx and ONNX -------------------------------------------------------------
+
+
+class Network(Validation):
+    """A network that holds the loss and does not call it."""
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.network(picture)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", [Validation, Network])
+def test_torch_jit_script_is_not_supported(impl: Implementation, kind: type[Validation]) -> None:
+    """It compiles each module that another one holds."""
+    with pytest.raises((ValueError, RuntimeError, torch.jit.frontend.FrontendError)):
+        torch.jit.script(kind(impl))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated:DeprecationWarning")
+def test_torch_jit_trace_sees_the_weight_annealed(impl: Implementation) -> None:
+    model = Validation(impl).to(impl.device)
+    arguments = picture_and_target(impl.device)
+    traced = torch.jit.trace(model, arguments)
+    model.loss.negative_weight.fill_(1.0)
+    torch.testing.assert_close(traced(*arguments), model(*arguments))
+
+
+def test_symbolic_trace_of_the_loss_is_not_supported(impl: Implementation) -> None:
+    with pytest.raises(TypeError, match="pred must be a tensor, got Proxy"):
+        torch.fx.symbolic_trace(Validation(impl))
+
+
+def test_symbolic_trace_of_a_network_that_holds_the_loss(impl: Implementation) -> None:
+    network = Network(impl).to(impl.device)
+    picture, _ = picture_and_target(impl.device)
+    assert torch.equal(torch.fx.symbolic_trace(network)(picture), network(picture))
+
+
+def test_the_loss_can_be_a_leaf_of_a_tracer(impl: Implementation) -> None:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
+            return isinstance(module, fcrn_fused.FCRNLoss) or super().is_leaf_module(module, name)
+
+    model = Validation(impl).to(impl.device)
+    arguments = picture_and_target(impl.device)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(*arguments), model(*arguments))
+
+
+def onnx_nodes(model: Validation, arguments: tuple[torch.Tensor, ...], path: Path) -> list[str]:
+    """The kinds of the nodes of `model` in ONNX."""
+    import onnx
+
+    torch.onnx.export(model.eval(), arguments, path, dynamo=True, verbose=False)
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxscript") is None, reason="needs ONNX: pip install onnx onnxscript"
+)
+def test_onnx_has_the_network_and_not_the_loss(fused: Implementation, tmp_path: Path) -> None:
+    arguments = picture_and_target("cpu")
+    assert onnx_nodes(Network(fused), arguments[:1], tmp_path / "network.onnx") == ["Conv"]
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"fcrn_fused\.forward"):
+        onnx_nodes(Validation(fused), arguments, tmp_path / "loss.onnx")
+    model = Validation(fused)
+    model.loss.backend = "reference"
+    assert "Conv" in onnx_nodes(model, arguments, tmp_path / "reference.onnx")
 
 
 def rule_of(pred: torch.Tensor, reduction: str, *, tensors: bool = False) -> Rule:
