@@ -118,7 +118,7 @@ $(STAMPS)/extras: $(STAMPS)/torch $(EXTRA_REQUIREMENTS)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch pyproject.toml
-	$(INSTALL) pytest pytest-xdist hypothesis keras nvidia-cuda-nvdisasm
+	$(INSTALL) pytest pytest-xdist hypothesis keras nvidia-cuda-nvdisasm onnx onnxscript tensorboard
 	@touch $@
 
 $(STAMPS)/wheel: $(STAMPS)/torch

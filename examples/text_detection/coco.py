@@ -1,9 +1,10 @@
 """Labels in a COCO-style JSON file: `images` and `annotations`, one of these for each word.
 
-Of an image these are used: `id` and `file_name`, a path below the file's folder, or the name of a
-picture anywhere below it. Of an annotation: `image_id`; the polygons in `segmentation`, or where
-there are none `bbox`, (left, top, width, height); the word in `text` or `utf8_string`; and
-`iscrowd`, `ignore` or `legibility` "illegible", which say that nobody is asked to find it. Source:
+The file lies with its pictures or, as COCO's own, in a folder `annotations` beside theirs. Of an
+image these are used: `id` and `file_name`, the end of the picture's path. Of an annotation:
+`image_id`; the polygons in `segmentation`, or where there are none `bbox`, (left, top, width,
+height); the word in `text` or `utf8_string`; and `iscrowd`, `ignore` or `legibility` "illegible",
+which say that nobody is asked to find it. Source:
 https://cocodataset.org/#format-data; `utf8_string` and `legibility` are COCO-Text's.
 
 Polygons have no first corner: a word becomes the smallest rectangle around its polygons, read along
@@ -12,6 +13,7 @@ its longer side from left to right.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -22,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UserError
+from .files import files_below
 from .grid import pose_to_quad
 from .scene import ILLEGIBLE, Label
 
@@ -31,15 +34,18 @@ def read_coco(source: Path) -> list[Label]:
 
     UserError: a file given by name is not COCO's, a folder holds several, an entry is damaged.
     """
-    files = sorted(source.glob("*.json")) if source.is_dir() else [source]
+    files = [source]
+    if source.is_dir():
+        files = sorted([*source.glob("*.json"), *source.glob("annotations/*.json")])
     contents = {path: found for path in files if (found := _contents(path))}
     if len(contents) > 1:
         raise UserError(f"name one of the files {', '.join(map(str, contents))}, not their folder")
     if not contents and source.is_file():
         raise UserError(f"{source} is no JSON file with COCO's `images` and `annotations`")
     for path, found in contents.items():
+        folder = path.parent.parent if path.parent.name == "annotations" else path.parent
         try:
-            return _labels(path.parent, found)
+            return _labels(folder, found)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"an entry of {path} is not COCO's: {error!r}") from None
     return []
@@ -57,20 +63,39 @@ def _contents(path: Path) -> dict[str, Any] | None:
 
 
 def _labels(folder: Path, contents: dict[str, Any]) -> list[Label]:
-    annotations = defaultdict(list)
+    annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in contents["images"]}
     for annotation in contents["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
     names = [str(image["file_name"]).strip().replace("\\", "/") for image in contents["images"]]
-    paths = [folder / name for name in names]
-    if not any(path.is_file() for path in paths):
-        below = {path.name: path for path in folder.rglob("*") if path.is_file()}
-        paths = [below.get(path.name, path) for path in paths]
     labels = []
-    for image, path in zip(contents["images"], paths, strict=True):
-        own = annotations[image["id"]]
+    for path, own in zip(_paths(folder, names), annotations.values(), strict=True):
         quads = np.array([_quad(annotation) for annotation in own], np.float32).reshape(-1, 4, 2)
         labels.append(Label(path, quads, tuple(map(_word, own))))
     return labels
+
+
+def _paths(folder: Path, names: list[str]) -> list[Path]:
+    """The files of pictures whose paths end with `names`, in `folder` or below it."""
+    paths = [folder / name for name in names]
+    if all(path.is_file() for path in paths):
+        return paths
+    below = defaultdict(list)
+    for path in files_below(folder):
+        below[path.name].append(path)
+    return [path if path.is_file() else _ending_with(path, below[path.name]) for path in paths]
+
+
+def _ending_with(path: Path, candidates: list[Path]) -> Path:
+    """The one of the candidates that shares the most folders at its end with `path`."""
+
+    def shared(candidate: Path) -> int:
+        pairs = zip(reversed(candidate.parts), reversed(path.parts), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    best = sorted(candidates, key=shared)[-2:]
+    if len(best) == 2 and shared(best[0]) == shared(best[1]):
+        raise UserError(f"{best[0]} and {best[1]} may both be {path.name}; name a folder of one")
+    return best[-1] if best else path
 
 
 def _word(annotation: dict[str, Any]) -> str:
@@ -83,7 +108,8 @@ def _word(annotation: dict[str, Any]) -> str:
 def _quad(annotation: dict[str, Any]) -> NDArray[np.float32]:
     """The corners (4, 2) of one word."""
     polygons = annotation.get("segmentation")
-    if not polygons or not isinstance(polygons, list):  # a dict is a mask, of a crowd
+    polygons = list(filter(None, polygons)) if isinstance(polygons, list) else []  # else a mask
+    if not polygons:
         left, top, width, height = map(float, annotation["bbox"])
         return pose_to_quad(np.float32([[left + width / 2, top + height / 2, width, height, 0]]))[0]
     points = np.concatenate([np.float32(polygon).reshape(-1, 2) for polygon in polygons])

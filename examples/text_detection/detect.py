@@ -53,13 +53,17 @@ def pictures_of(paths: Iterable[Path]) -> list[Path]:
 
 
 def check_out(out: Path, pictures: Iterable[Path]) -> None:
-    """UserError where `detect` would write over what is not its own, or beside the pictures."""
+    """UserError where `detect` would write over what is not its own, or beside the pictures.
+
+    A drawing is signed; boxes without their drawing are someone else's.
+    """
     for picture in pictures:
         if out.exists() and out.samefile(picture.parent):
             raise UserError(f"--out {out} is the folder of {picture}; name another")
-        drawn = out / f"{picture.name}.png"
-        if drawn.exists() and not _is_signed(drawn):
-            raise UserError(f"{drawn} exists and is not from `detect`; name another --out")
+        drawn, boxes = out / f"{picture.name}.png", out / f"{picture.name}.json"
+        if (drawn.exists() or boxes.exists()) and not _is_signed(drawn):
+            strange = drawn if drawn.exists() else boxes
+            raise UserError(f"{strange} exists and is not from `detect`; name another --out")
 
 
 def _signature() -> PngInfo:
@@ -110,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_out(options.out, paths)
     make_folder(options.out)
 
-    unread = []
+    passed_over = []
     for path in tqdm(paths, "detect"):
         try:
             picture = read_picture(path)
@@ -118,15 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 model, recipe.grid(), picture, options.scales, options.threshold, options.overlap
             )
         except UserError as error:
-            tqdm.write(f"passed over: {error}", file=sys.stderr)
-            unread.append(path)
+            tqdm.write(f"passed over {path}: {error}", file=sys.stderr)
+            passed_over.append(path)
             continue
-        write_json(as_json(boxes), options.out / f"{path.name}.json")
         drawn = Image.fromarray(draw_boxes(picture, boxes.quads, boxes.scores))
         drawn.save(options.out / f"{path.name}.png", pnginfo=_signature())
-    print(f"{len(paths) - len(unread)} of {len(paths)} pictures done, in {options.out}")
-    if unread:
-        raise UserError(f"{len(unread)} of {len(paths)} pictures could not be read")
+        write_json(as_json(boxes), options.out / f"{path.name}.json")
+    print(f"{len(paths) - len(passed_over)} of {len(paths)} pictures done, in {options.out}")
+    if passed_over:
+        raise UserError(f"{len(passed_over)} of {len(paths)} pictures were passed over")
 
 
 if __name__ == "__main__":

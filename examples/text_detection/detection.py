@@ -36,21 +36,25 @@ def detect(
 
     Boxes are in pixels of `picture`, surest first. The model should be in eval mode.
 
-    UserError: the picture is too large at one of the scales.
+    UserError: the picture is too large at one of the scales, or for the memory.
     """
     device = next(model.parameters()).device
     height, width = picture.shape[:2]
     poses, scores = [], []
     for scale in scales:
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        if size[0] * size[1] > _MOST_PIXELS:
+        if width * scale * height * scale > _MOST_PIXELS:
             raise UserError(
-                f"{width} x {height} pixels at scale {scale:g} are more than {_MOST_PIXELS}: "
-                "give smaller scales"
+                f"{width} x {height} pixels at scale {scale:g} are more than {_MOST_PIXELS}"
             )
+        size = max(1, round(width * scale)), max(1, round(height * scale))
         scaled = cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if scale != 1 else picture
         tensor = torch.from_numpy(_padded(scaled, grid.stride)).permute(2, 0, 1)[None]
-        maps = model(tensor.to(device))[0].float().cpu().numpy()
+        try:
+            maps = model(tensor.to(device))[0].float().cpu().numpy()
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise UserError(f"no memory for {width} x {height} pixels at scale {scale:g}") from None
         boxes = grid.decode(maps, threshold)
         # Rounding the size makes the two directions' scales differ a little.
         ratio = np.array([width / size[0], height / size[1]], np.float32)

@@ -11,6 +11,15 @@ from typing import Any
 from .errors import UserError
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and the folders in it, also linked ones, by name; no hidden ones."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def make_folder(path: Path) -> Path:
     """`path`, made with its parents; UserError where it is a file or cannot be made."""
     try:
@@ -34,7 +43,7 @@ def replace_file(path: Path, contents: bytes) -> None:
 def write_json(value: Any, path: Path) -> None:
     """Write `value`; numbers that JSON does not know, NaN and infinity, as text."""
     text = json.dumps(_known(value), indent=1, allow_nan=False)
-    path.write_text(text + "\n")
+    replace_file(path, (text + "\n").encode())
 
 
 def _known(value: Any) -> Any:

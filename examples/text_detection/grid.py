@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from .scene import uncut
+
 IGNORE = -1.0
 """The confidence of a cell that says nothing; pass it to the loss as `ignore_value`."""
 
@@ -146,8 +148,8 @@ class Grid:
 
     def readable(self, quads: NDArray[np.float32], width: int, height: int) -> NDArray[np.bool_]:
         """Which of the words (n, 4, 2) are high enough and, within a pixel, not cut: (n,)."""
-        uncut = ((quads >= -1) & (quads <= np.array([width, height]) + 1)).all(axis=(1, 2))
-        return uncut & (quad_to_pose(quads)[:, 3] >= self.min_height)
+        high_enough = quad_to_pose(quads)[:, 3] >= self.min_height
+        return uncut(quads, width, height) & high_enough
 
     def _ignore(self, confidence: NDArray[np.float32], quads: NDArray[np.float32]) -> None:
         """Write IGNORE into the cells of `confidence` (rows, columns) that the words touch."""

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError
-from .scene import SUFFIXES, Label
+from .files import files_below
+from .scene import ILLEGIBLE, SUFFIXES, Label
 
 _NUMBER = r"[-+]?\d+(?:\.\d*)?"
 _COMMA = r"(?:\s*,\s*|\s+)"
@@ -30,14 +31,18 @@ _CORNERS, _SIDES = (
 )
 
 
+_POLYGON = re.compile(rf"(?:{_NUMBER}{_COMMA}){{4}}")  # more than four corners: no quad
+
+
 def read_icdar(folder: Path) -> list[Label]:
     """The pictures below `folder` that have a text file, by name; none if there is no such.
 
     Of several text files of one name, that in the picture's own folder is taken.
 
-    UserError: a line is no word, or it is not clear which picture a text file belongs to.
+    UserError: a line is no word, it is not clear which picture a text file belongs to, or there
+        are text files `gt_NAME.txt` and not one of their pictures.
     """
-    files = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]
+    files = files_below(folder)
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     texts = defaultdict(list)
     for path in files:
@@ -54,10 +59,13 @@ def read_icdar(folder: Path) -> list[Label]:
             )
         if found:
             labels[found[0]] = read_words(found[0], path)
-    if labels and len(labels) < len(pictures):
+    alone = [path for path in files if path.match("gt_*.txt") and path not in labels]
+    if alone and not labels:
+        raise UserError(f"none of the {len(alone)} text files in {folder} has its picture")
+    if labels and (alone or len(labels) < len(pictures)):
         warnings.warn(
-            f"{len(pictures) - len(labels)} of the {len(pictures)} pictures in {folder} have no "
-            "text file and are left out",
+            f"in {folder}, {len(pictures) - len(labels)} of {len(pictures)} pictures have no text "
+            f"file and {len(alone)} text files have no picture; they are left out",
             stacklevel=2,
         )
     return list(labels.values())
@@ -70,9 +78,9 @@ def read_words(text: Path, picture: Path) -> Label:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if match := _CORNERS.fullmatch(line.rstrip()):
+        if (match := _CORNERS.fullmatch(line.rstrip())) and not _POLYGON.match(match[2] or ""):
             quads.append(_numbers(match[1]))
-        elif match := _SIDES.fullmatch(line.rstrip()):
+        elif not match and (match := _SIDES.fullmatch(line.rstrip())):
             left, top, right, bottom = _numbers(match[1])
             quads.append([left, top, right, top, right, bottom, left, bottom])
         else:
@@ -81,7 +89,9 @@ def read_words(text: Path, picture: Path) -> Label:
                 f"left,top,right,bottom,transcription: {line.strip()[:60]!r}"
             )
         word = (match[2] or "").strip()
-        words.append(word[1:-1] if len(word) > 1 and word[0] == word[-1] == '"' else word)
+        word = word[1:-1] if len(word) > 1 and word[0] == word[-1] == '"' else word
+        # The sets of 2017 and 2019 have the language before the word.
+        words.append(ILLEGIBLE if word.endswith("," + ILLEGIBLE) else word)
     corners = np.array(quads, np.float32).reshape(-1, 4, 2)
     (x1, y1), (x2, y2) = (corners[:, 2] - corners[:, 0]).T, (corners[:, 3] - corners[:, 1]).T
     backwards = x1 * y2 < x2 * y1  # some write the corners counter-clockwise

@@ -30,27 +30,29 @@ class LabelledPictures(Dataset[Scene]):
     some, are dropped; those that reach over its border stay as they are. A scene whose picture is
     not there is left out with a warning.
 
-    UserError: `source` is none of these, its labels are damaged, or none of its pictures is there.
+    UserError: `source` is none of these, its labels are damaged, or none of its pictures can be
+        read.
     """
 
     def __init__(self, source: Path, length: int | None = None) -> None:
         labels = read_labels(Path(source))[:length]
-        there = [label.path.is_file() for label in labels]
-        if not all(there):
-            first = labels[there.index(False)].path
-            if not any(there):
-                raise UserError(
-                    f"none of the {len(labels)} pictures of {source} is there: no {first}, ..."
-                )
+        _require_one(source, labels)
+        missing = [label.path for label in labels if not label.path.is_file()]
+        if missing:
             warnings.warn(
-                f"{there.count(False)} of the {len(labels)} pictures of {source} are not there and "
-                f"are left out: no {first}, ...",
+                f"{len(missing)} of the {len(labels)} pictures of {source} are not there and are "
+                f"left out: no {missing[0]}, ...",
                 stacklevel=2,
             )
-            labels = [label for label, is_there in zip(labels, there, strict=True) if is_there]
+            labels = [label for label in labels if label.path.is_file()]
+        quads = np.concatenate([label.quads for label in labels])
+        if len(quads) and np.median(np.ptp(quads, axis=1).max(axis=1)) < 2:
+            raise UserError(
+                f"most boxes of {source} are smaller than 2 pixels: are they in pixels?"
+            )
         self._paths = np.array([str(label.path) for label in labels])
         self._ends = np.cumsum([len(label.quads) for label in labels])
-        self._quads = np.concatenate([label.quads for label in labels])
+        self._quads = quads
         self._words = np.array(["\n".join(label.words) for label in labels])
 
     def __len__(self) -> int:
@@ -78,6 +80,19 @@ class LabelledPictures(Dataset[Scene]):
         return Scene(picture, quads[touching], tuple(words[touching]))
 
 
+def _require_one(source: Path, labels: list[Label]) -> None:
+    """UserError where no picture can be read: none is there, or they are pointers of Git LFS."""
+    reason = None
+    for label in labels:
+        try:
+            picture_size(label.path)
+        except UserError as error:
+            reason = reason or error
+        else:
+            return
+    raise UserError(f"none of the {len(labels)} pictures of {source} can be read: {reason}")
+
+
 def read_labels(source: Path) -> list[Label]:
     """The labels of a data set in the format that is found there; at least one, or UserError."""
     if source.suffix.lower() == ".mat" or (source / "gt.mat").exists():
@@ -94,13 +109,15 @@ def read_labels(source: Path) -> list[Label]:
     return labels
 
 
-def lost_words(scenes: LabelledPictures, grid: Grid) -> tuple[int, int]:
-    """How many words stretching to the grid's size makes too low to read, and of how many.
+def lost_words(scenes: LabelledPictures, grid: Grid) -> tuple[int, int, int]:
+    """How many words stretching to the grid's size makes too low to read, of how many.
 
-    Only words that are readable in their pictures count, those of at most 1,000 pictures.
+    Only words that are readable in their pictures count, those of at most 1,000 pictures; the
+    third number is that of the pictures.
     """
     lost = readable = 0
-    for index in np.linspace(0, len(scenes) - 1, min(len(scenes), _COUNTED)).astype(int):
+    pictures = min(len(scenes), _COUNTED)
+    for index in np.linspace(0, len(scenes) - 1, pictures).astype(int):
         try:
             scene = scenes.without_pixels(index)
         except UserError:
@@ -110,4 +127,4 @@ def lost_words(scenes: LabelledPictures, grid: Grid) -> tuple[int, int]:
         stretched = scene.quads * np.float32([grid.width / width, grid.height / height])
         lost += int((before & ~grid.readable(stretched, grid.width, grid.height)).sum())
         readable += int(before.sum())
-    return lost, readable
+    return lost, readable, pictures

@@ -27,7 +27,7 @@ class Log:
         self.columns = ("step", *columns)
         rows = []
         if after is not None and path.exists():
-            rows, damaged = _read(path)
+            _, rows, damaged = _read(path)
             rows = [row for row in rows if int(row["step"]) <= after]
             if damaged:
                 warnings.warn(f"{damaged} damaged rows of {path} are left out", stacklevel=2)
@@ -36,12 +36,15 @@ class Log:
         writer.writeheader()
         writer.writerows(rows)
         replace_file(path, text.getvalue().encode())
+        self.events = None
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.events = None
-        else:
+
             self.events = SummaryWriter(path.parent / "tensorboard", purge_step=after and after + 1)
+        except ImportError:
+            pass
+        except Exception as error:  # what a broken installation raises: the CSV file is enough
+            warnings.warn(f"no log for TensorBoard: {error}", stacklevel=2)
 
     def add(self, step: int, **values: float) -> None:
         """Append a row; columns without a value stay empty."""
@@ -56,18 +59,17 @@ class Log:
 
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
     """The columns of a log by name; a cell without a value is NaN."""
-    rows, _ = _read(path)
-    names = rows[0] if rows else ()
+    names, rows, _ = _read(path)
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
 
 
-def _read(path: Path) -> tuple[list[dict[str, str]], int]:
-    """The whole rows of a log, and how many are damaged. No cell of a whole one has a quote."""
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]], int]:
+    """The columns of a log, its whole rows, and how many are damaged; no cell has a quote."""
     head, *lines = path.read_text(errors="replace").splitlines() or [""]
     names = head.split(",")
     cells = [line.split(",") for line in lines]
     rows = [dict(zip(names, row, strict=True)) for row in cells if _whole(names, row)]
-    return rows, len(lines) - len(rows)
+    return names, rows, len(lines) - len(rows)
 
 
 def _whole(names: list[str], row: list[str]) -> bool:

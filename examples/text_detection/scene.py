@@ -16,6 +16,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
+# Pillow's limit itself stands at twice the size from which it warns.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 """How the names of picture files end, in lower case."""
 
@@ -68,9 +71,12 @@ class Scene:
     def cropped(self, left: int, top: int, side: int) -> Scene:
         """The square window at (left, top); where it reaches over the picture, its border goes on.
 
-        Words wholly outside the window are dropped.
+        Words wholly outside the window are dropped; those that the picture's border cuts are
+        ILLEGIBLE in it.
         """
         height, width = self.picture.shape[:2]
+        whole = uncut(self.quads, width, height)
+        words = np.where(whole, np.array(self.words, object), ILLEGIBLE)
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
         picture = cv2.copyMakeBorder(
             self.picture[y0:y1, x0:x1],
@@ -82,8 +88,12 @@ class Scene:
         )
         quads = self.quads - np.float32([left, top])
         inside = ((quads.max(axis=1) > 0) & (quads.min(axis=1) < side)).all(axis=1)
-        words = tuple(word for word, is_inside in zip(self.words, inside, strict=True) if is_inside)
-        return Scene(picture, quads[inside], words)
+        return Scene(picture, quads[inside], tuple(words[inside]))
+
+
+def uncut(quads: NDArray[np.float32], width: int, height: int) -> NDArray[np.bool_]:
+    """Which of the words (n, 4, 2) lie, within a pixel, in a picture of this size: (n,)."""
+    return ((quads >= -1) & (quads <= np.array([width, height]) + 1)).all(axis=(1, 2))
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:
@@ -106,9 +116,12 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of `read_picture(path)`, from the head of the file; the same errors."""
+    """Width and height of `read_picture(path)`, mostly from the head of the file."""
     with _opened(path) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        if picture.format == "TIFF":
+            picture.load()  # turns the picture
+            return picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return picture.size[::-1] if turned else picture.size
 
 
@@ -116,13 +129,10 @@ def picture_size(path: Path) -> tuple[int, int]:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The picture file; every error is a UserError that names it."""
     try:
-        with warnings.catch_warnings():
-            # The limit itself stands at twice the size from which Pillow warns.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                if 0 in picture.size:
-                    raise ValueError("it has no pixels")
-                yield picture
+        with Image.open(path) as picture:
+            if 0 in picture.size:
+                raise ValueError("it has no pixels")
+            yield picture
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}") from None
     except UnidentifiedImageError:

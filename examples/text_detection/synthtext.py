@@ -31,7 +31,7 @@ def read_synthtext(path: Path) -> list[Label]:
     """
     labels = []
     for index, (name, box, text) in enumerate(zip(*_read_columns(path), strict=True)):
-        picture = path.parent / str(np.ravel(name)[0]).strip().replace("\\", "/")
+        picture = path.parent / "".join(map(str, np.ravel(name))).strip().replace("\\", "/")
         quads = _quads(box, path, index)
         words = " ".join(map(str, np.ravel(text))).split()
         if len(words) != len(quads):

@@ -16,10 +16,12 @@ import itertools
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
@@ -69,7 +71,6 @@ class Run:
     log_every: int = 5
     score_every: int = 100
     save_every: int = 100
-    held_out: int | None = None  # 200, and of `data` at most a fifth
 
 
 def train(recipe: Recipe, run: Run) -> Score | None:
@@ -80,11 +81,13 @@ def train(recipe: Recipe, run: Run) -> Score | None:
             raise UserError(
                 f"--batch {recipe.batch} does not part among {processes.count} processes"
             )
-        scenes, held_out = _scenes(recipe, run, processes)
+        scenes, held_out = _scenes(recipe, processes)
         training = Training(recipe, processes, run.compile)
         checkpoint = run.out / "checkpoint.pt"
         if run.resume:
-            training.load_state_dict(read_checkpoint(checkpoint))
+            state = read_checkpoint(checkpoint)
+            training.load_state_dict(state)
+            _check_length(scenes, state)
         elif processes.first:
             _set_aside(run.out)
             make_folder(run.out)
@@ -101,17 +104,15 @@ def train(recipe: Recipe, run: Run) -> Score | None:
         return score
 
 
-def _scenes(
-    recipe: Recipe, run: Run, processes: Processes
-) -> tuple[Dataset[Scene], Dataset[Scene]]:
+def _scenes(recipe: Recipe, processes: Processes) -> tuple[Dataset[Scene], Dataset[Scene]]:
     """The training scenes and the held-out ones, which share no picture."""
     if not recipe.data:
         return (
             GeneratedText(recipe.pictures, recipe.size, "train", recipe.seed),
-            GeneratedText(run.held_out or _HELD_OUT, recipe.size, "held-out", HELD_OUT_SEED),
+            GeneratedText(recipe.held_out or _HELD_OUT, recipe.size, "held-out", HELD_OUT_SEED),
         )
     scenes, grid = LabelledPictures(Path(recipe.data)), recipe.grid()
-    kept = run.held_out or min(_HELD_OUT, max(1, len(scenes) // 5))
+    kept = recipe.held_out or min(_HELD_OUT, max(1, len(scenes) // 5))
     first = len(scenes) - kept
     if first < 1:
         raise UserError(
@@ -127,12 +128,22 @@ def _scenes(
 
 
 def _lost_words(scenes: LabelledPictures, grid: Grid) -> str:
-    lost, words = lost_words(scenes, grid)
+    lost, words, pictures = lost_words(scenes, grid)
     return (
-        f"{lost} of {words} readable words are lost to the input size: less than "
-        f"{grid.min_height:g} pixels high at {grid.width} x {grid.height}"
+        f"{lost} of the {words} readable words of {pictures} pictures are lost to the input size: "
+        f"less than {grid.min_height:g} pixels high at {grid.width} x {grid.height}"
         + (", where a larger --size, or --crop, would keep them" if lost else "")
     )
+
+
+def _check_length(scenes: Dataset[Scene], state: dict[str, Any]) -> None:
+    """UserError if pictures came or went: the split and the order of all would be others."""
+    length, now = state.get("length"), len(scenes)  # type: ignore[arg-type]
+    if length not in (None, now):
+        raise UserError(
+            f"the run began with {length} pictures to train on, now there are {now}: bring the old "
+            "ones back to go on, or leave --resume out to start anew"
+        )
 
 
 def _optimise(
@@ -140,22 +151,18 @@ def _optimise(
 ) -> bool:
     """Take the steps that are left, logging and saving; whether they were all taken."""
     recipe, processes = training.recipe, training.processes
+    length: int = len(scenes)  # type: ignore[arg-type]
     log = None
     if processes.first:
         log = Log(run.out / "log.csv", _COLUMNS, training.step if run.resume else None)
-    # A glance while training; the score that counts is of all held-out pictures at the end.
-    few = Subset(held_out, range(min(50, len(held_out))))  # type: ignore[arg-type]
-    steps = StepSampler(
-        len(scenes),  # type: ignore[arg-type]
-        recipe.batch,
-        training.step,
-        recipe.steps,
-        recipe.seed,
-        processes.rank,
-        processes.count,
-    )
+    # A glance while training; the score that counts is of all held-out pictures at the end. Whole
+    # pictures take longer than stretched ones.
+    glance = 10 if recipe.crop else 50
+    few = Subset(held_out, range(min(glance, len(held_out))))  # type: ignore[arg-type]
+    first, last, seed = training.step, recipe.steps, recipe.seed
+    steps = StepSampler(length, recipe.batch, first, last, seed, processes.rank, processes.count)
     bar = tqdm(
-        load(scenes, recipe.grid(), steps, run.workers, recipe.seed if recipe.crop else None),
+        load(scenes, recipe.grid(), steps, run.workers, seed if recipe.crop else None),
         "train",
         total=recipe.steps,
         initial=training.step,
@@ -166,8 +173,14 @@ def _optimise(
             if training.step == 0:
                 warn_if_pixels(target.numpy())
             stats = training.advance(pictures, target)
-            last = training.step == recipe.steps
-            if training.step % run.log_every == 0 or last:
+            ends = training.step == last
+            stop = processes.any(bool(pressed))
+            if training.step % run.save_every == 0 or ends or stop:
+                if processes.any(not training.finite()):
+                    raise _diverged(training, run)
+                if processes.first:
+                    save({**training.state_dict(), "length": length}, run.out / "checkpoint.pt")
+            if training.step % run.log_every == 0 or ends:
                 parts = training.parts(stats, len(pictures))
                 if not math.isfinite(parts.loss):
                     raise _diverged(training, run)
@@ -176,8 +189,8 @@ def _optimise(
                     f"{parts.positive_conf:.3f} (positive) + {parts.negative_conf:.3f} (negative)"
                 )
                 score = {}
-                if log and (training.step % run.score_every == 0 or last):
-                    score = _ratios(evaluate(training.model, recipe.grid(), few, recipe.scales()))
+                if log and (training.step % run.score_every == 0 or ends):
+                    score = _glance(training, few)
                 if log:
                     log.add(
                         training.step,
@@ -187,15 +200,19 @@ def _optimise(
                         learning_rate=training.learning_rate.get_last_lr()[0],
                         **score,
                     )
-            stop = processes.any(bool(pressed))
-            if training.step % run.save_every == 0 or last or stop:
-                if processes.any(not training.finite()):
-                    raise _diverged(training, run)
-                if processes.first:
-                    save(training.state_dict(), run.out / "checkpoint.pt")
-            if stop and not last:
+            if stop and not ends:
                 return False
     return True
+
+
+def _glance(training: Training, scenes: Dataset[Scene]) -> dict[str, float]:
+    """The ratios on a few pictures, for the log; none where not one of them can be read."""
+    recipe = training.recipe
+    try:
+        return _ratios(evaluate(training.model, recipe.grid(), scenes, recipe.scales()))
+    except UserError as error:
+        warnings.warn(f"no score at step {training.step}: {error}", stacklevel=2)
+        return {}
 
 
 def _diverged(training: Training, run: Run) -> UserError:
@@ -241,7 +258,9 @@ def _show(training: Training, held_out: Dataset[Scene], score: Score, run: Run) 
     found = detections(training.model, grid, held_out, training.recipe.scales())
     save_detections(list(itertools.islice(found, _DRAWN)), run.out / "detections.png")
     log = read_log(run.out / "log.csv")
-    save_curves(log, run.out / "curves.png", f"held-out pictures: F-measure {score.f_measure:.3f}")
+    if len(log["step"]):  # none if a resumed run found it damaged and had no step left
+        title = f"held-out pictures: F-measure {score.f_measure:.3f}"
+        save_curves(log, run.out / "curves.png", title)
     summary = {**_ratios(score), **asdict(score), "recipe": asdict(training.recipe)}
     write_json(summary, run.out / "score.json")
 
@@ -250,6 +269,8 @@ def _set_aside(out: Path) -> None:
     """Rename the folder of an earlier run, so that nothing it computed is lost."""
     if not (out / "checkpoint.pt").exists():
         return
+    if not out.name:
+        raise UserError(f"{out} has an earlier run; --resume it or name another --out")
     number = 1
     while (kept := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
@@ -270,7 +291,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", default=recipe.data, help="SynthText, ICDAR or COCO; else generated")
     add("--crop", action="store_true", help="random windows of DATA's pictures, not stretched ones")
     add("--pictures", type=positive, default=recipe.pictures, help="generated to train on")
-    add("--held-out", type=positive, help="kept for scoring: 200, of DATA at most a fifth")
+    add(
+        "--held-out",
+        type=positive,
+        default=recipe.held_out,
+        help="kept for scoring: 200, of DATA at most a fifth",
+    )
     add("--size", type=positive, default=recipe.size, help="side of a picture in pixels")
     add("--stride", type=int, choices=STRIDES, default=recipe.stride, help="side of a cell")
     add("--width", choices=tuple(WIDTHS), default=recipe.width, help="channels of the network")

@@ -32,6 +32,7 @@ class Recipe:
 
     data: a data set that `LabelledPictures` reads, "" for generated pictures.
     pictures: number of generated training pictures; more than are seen means none comes twice.
+    held_out: pictures kept for scoring; None is 200, and of `data` at most a fifth.
     size: width and height of the training pictures, in pixels.
     crop: train on random windows of the pictures of `data`; else they are stretched to `size`.
     batch: pictures a step, of all processes together.
@@ -51,6 +52,7 @@ class Recipe:
 
     data: str = ""
     pictures: int = 100_000
+    held_out: int | None = None
     size: int = 256
     crop: bool = False
     stride: int = 16
@@ -193,12 +195,11 @@ class Training:
         """Go on where `state` was taken; UserError if it is of another recipe."""
         saved_recipe = asdict(_recipe(state))
         for name, value in asdict(self.recipe).items():
-            saved = saved_recipe[name]
-            if saved != value:
-                flag = "--" + name.replace("_", "-")
+            if saved_recipe[name] != value:
+                saved, asked = _as_flag(name, saved_recipe[name]), _as_flag(name, value)
                 raise UserError(
-                    f"the checkpoint was made with {flag} {saved}, this run asks for {value}: give "
-                    f"{flag} {saved} to go on, or leave --resume out to start anew"
+                    f"the checkpoint was made {saved}, this run is {asked}: run it {saved} to go "
+                    "on, or leave --resume out to start anew"
                 )
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
@@ -278,7 +279,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # torch.load raises many kinds, and advises to switch its safety off
         state = None
-    if not isinstance(state, dict) or "recipe" not in state:
+    is_checkpoint = isinstance(state, dict) and {"recipe", "step", "model"} <= state.keys()
+    if not is_checkpoint or not isinstance(state["recipe"], dict):
         raise UserError(f"{path} is not a checkpoint that `train` wrote, or it is damaged")
     return state
 
@@ -290,6 +292,13 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     model = recipe.model()
     model.load_state_dict(state["model"])
     return model.to(device).eval(), recipe
+
+
+def _as_flag(name: str, value: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    if value in (None, False, ""):
+        return f"without {flag}"
+    return f"with {flag}" if value is True else f"with {flag} {value}"
 
 
 def _recipe(state: dict[str, Any]) -> Recipe:

@@ -17,6 +17,7 @@ from examples.text_detection import detect, evaluate, make_data
 from examples.text_detection.generator import GeneratedText
 from examples.text_detection.grid import Grid
 from examples.text_detection.labelled import LabelledPictures
+from examples.text_detection.model import FCRN
 from examples.text_detection.train import main as train_main
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def test_detect_leaves_boxes_and_a_drawing_for_every_picture_it_can_read(
     out = tmp_path / "found"
     # Any confidence will do: a network of two steps is sure of nothing.
     command = [str(checkpoint), str(pictures), *flags(out=out, threshold=0)]
-    assert "1 of 2 pictures could not be read" in refused(command, capsys, detect.main)
+    assert "1 of 2 pictures were passed over" in refused(command, capsys, detect.main)
     assert {path.name for path in out.iterdir()} == {"good.png.json", "good.png.png"}
     boxes = json.loads((out / "good.png.json").read_text())
     assert boxes
@@ -88,6 +89,25 @@ def test_detect_replaces_its_own_drawings_and_no_other_picture(
     assert (out / "a.png.png").read_bytes() == before
 
 
+def test_detect_writes_over_no_labels(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ann").mkdir()
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "ann" / "a.png.json").write_text("labels")
+    command = [str(checkpoint), str(tmp_path / "a.png"), *flags(out=tmp_path / "ann")]
+    assert "a.png.json exists and is not from `detect`" in refused(command, capsys, detect.main)
+    assert (tmp_path / "ann" / "a.png.json").read_text() == "labels"
+
+
+def with_bias(checkpoint: Path, path: Path, *bias: float) -> str:
+    """A checkpoint that predicts about `bias` in every cell."""
+    state = torch.load(checkpoint)
+    state["model"]["head.bias"][:] = torch.tensor(bias)
+    torch.save(state, path)
+    return str(path)
+
+
 def test_detect_speaks_of_the_picture_as_a_viewer_shows_it(
     tmp_path: Path, checkpoint: Path
 ) -> None:
@@ -95,19 +115,19 @@ def test_detect_speaks_of_the_picture_as_a_viewer_shows_it(
     exif[0x0112] = 6
     Image.new("L", (96, 64)).save(tmp_path / "a.jpg", exif=exif)
     out = tmp_path / "found"
-    detect.main([str(checkpoint), str(tmp_path / "a.jpg"), *flags(out=out, threshold=0)])
+    sure = with_bias(checkpoint, tmp_path / "sure.pt", 0, 0, 0.1, 0.1, 1, 0, 1)
+    detect.main([sure, str(tmp_path / "a.jpg"), *flags(out=out)])
     assert Image.open(out / "a.jpg.png").size == (64, 96)
     boxes = json.loads((out / "a.jpg.json").read_text())
     assert max(box["y"] for box in boxes) > 64 > max(box["x"] for box in boxes)
 
 
 def test_infinite_maps_give_valid_json(tmp_path: Path, checkpoint: Path) -> None:
-    state = torch.load(checkpoint)
-    state["model"]["head.bias"][:] = torch.tensor([torch.inf, 0, 1e38, -torch.inf, 0, torch.nan, 1])
-    torch.save(state, tmp_path / "infinite.pt")
+    bias = torch.inf, 0, 1e38, -torch.inf, 0, torch.nan, 1
+    infinite = with_bias(checkpoint, tmp_path / "infinite.pt", *bias)
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
     out = tmp_path / "found"
-    detect.main([str(tmp_path / "infinite.pt"), str(tmp_path / "a.png"), *flags(out=out)])
+    detect.main([infinite, str(tmp_path / "a.png"), *flags(out=out)])
     assert json.loads((out / "a.png.json").read_text()) == []
 
 
@@ -142,9 +162,8 @@ def test_an_icdar_folder_trains_and_is_scored(
     train_main([*flags(**quick, data=tmp_path / "icdar", out=out), *crop])
     said = capsys.readouterr().out
     assert "7 pictures to train on, 1 held out" in said
-    assert ("words are lost to the input size: less than 8 pixels high at 64 x 64" in said) == (
-        not crop
-    )
+    lost = "words of 8 pictures are lost to the input size: less than 8 pixels high at 64 x 64"
+    assert (lost in said) == (not crop)
     trained = json.loads((out / "score.json").read_text())
     evaluate.main([str(out / "checkpoint.pt"), "--data", str(tmp_path / "icdar")])
     assert "F-measure" in capsys.readouterr().out
@@ -154,6 +173,33 @@ def test_an_icdar_folder_trains_and_is_scored(
     wanted = Grid(16, 64, 64).readable(quads, width, height) & held_out.legible
     assert trained["words"] == wanted.sum() > 0
     assert Image.open(out / "detections.png").size == ((4 * 320, 180) if crop else (4 * 64, 64))
+
+
+@pytest.mark.parametrize("picture", ["a.png", "b.png"])
+def test_no_memory_for_one_picture_does_not_end_detect(
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    picture: str,
+) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("L", (64, 64) if name == picture else (32, 32)).save(tmp_path / name)
+    forward = FCRN.forward
+
+    def forward_or_fail(self: FCRN, pictures: torch.Tensor) -> torch.Tensor:
+        if pictures.shape[2] == 64:
+            torch.empty(2**60, dtype=torch.uint8)
+        return forward(self, pictures)
+
+    monkeypatch.setattr(FCRN, "forward", forward_or_fail)
+    out = tmp_path / "out"
+    command = [str(checkpoint), *(str(tmp_path / name) for name in ("a.png", "b.png"))]
+    with pytest.raises(SystemExit):
+        detect.main([*command, *flags(out=out, device="cpu")])
+    said = capsys.readouterr().err
+    assert f"passed over {tmp_path / picture}: no memory for 64 x 64 pixels at scale 1" in said
+    assert len(list(out.glob("*.json"))) == 1
 
 
 def test_an_empty_folder_is_no_list_of_pictures(
@@ -175,8 +221,12 @@ def test_an_empty_folder_is_no_list_of_pictures(
         (["CHECKPOINT", ".", "--scales", "1", "nan"], "--scales: nan is not above 0 and finite"),
         (["CHECKPOINT", ".", "--scales", "inf"], "--scales: inf is not above 0 and finite"),
         (["CHECKPOINT", ".", "--scales", "one"], "--scales: 'one' is not a number"),
-        (["CHECKPOINT", "PICTURE", "--scales", "1e9"], "1 of 1 pictures could not be read"),
-        (["CHECKPOINT", "PICTURE", "--out", "PICTURE"], "PICTURE: File exists"),
+        (["CHECKPOINT", "PICTURE", "--scales", "1e308"], "1 of 1 pictures were passed over"),
+        (["CHECKPOINT", "PICTURE", "--scales", "1e9"], "1 of 1 pictures were passed over"),
+        (
+            ["CHECKPOINT", "PICTURE", "--out", "PICTURE"],
+            "cannot make the folder PICTURE: File exists",
+        ),
         (["CHECKPOINT", "PICTURE", "--out", "FOLDER"], "is the folder of PICTURE; name another"),
         (["CHECKPOINT", "PICTURE", "--out", "/proc/found"], "cannot make the folder /proc/found"),
     ],
@@ -203,7 +253,7 @@ def test_detect_says_what_is_wrong(
         (["--stride", "12"], "invalid choice: 12"),
         (["--size", "250"], "--size 250 is no multiple of --stride 16"),
         (["--data", "nowhere"], "there is no file or folder nowhere"),
-        (["--data", "."], "has neither SynthText's gt.mat, nor a COCO-style .json file, nor"),
+        (["--data", "EMPTY"], "has neither SynthText's gt.mat, nor a COCO-style .json file, nor"),
         (["--crop"], "--crop needs --data"),
         (["--learning-rate", "-1"], "--learning-rate must be above 0"),
         (["--anneal", "0"], "--anneal must be above 0 and at most 1"),
@@ -214,6 +264,7 @@ def test_detect_says_what_is_wrong(
 def test_train_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    arguments = [str(tmp_path) if argument == "EMPTY" else argument for argument in arguments]
     command = [*arguments, "--out", str(tmp_path / "run")]
     assert message in refused(command, capsys, train_main)
 

@@ -100,7 +100,7 @@ def test_sets_beside_each_other_may_have_the_same_names(tmp_path: Path) -> None:
 def test_a_picture_without_a_text_file_is_left_out(tmp_path: Path) -> None:
     icdar(tmp_path, LINE + "one")
     picture(tmp_path / "more.png")
-    with pytest.warns(UserWarning, match="1 of the 2 pictures in .* have no text file"):
+    with pytest.warns(UserWarning, match="1 of 2 pictures have no text file and 0 text"):
         assert len(LabelledPictures(tmp_path)) == 1
 
 
@@ -131,6 +131,7 @@ FLAT = [10, 20, 40, 20, 40, 32, 10, 32]
         {"segmentation": [[10, 20, 20, 20, 20, 32, 10, 32], [20, 20, 40, 20, 40, 32]]},
         {"bbox": [10, 20, 30, 12]},
         {"bbox": [10, 20, 30, 12], "segmentation": []},
+        {"bbox": [10, 20, 30, 12], "segmentation": [[]]},
         {"bbox": [10, 20, 30, 12], "segmentation": {"counts": "1", "size": [96, 128]}},
     ],
 )
@@ -205,7 +206,7 @@ def test_a_folder_of_no_format_is_explained(tmp_path: Path) -> None:
 
 def test_pictures_that_are_not_there(tmp_path: Path) -> None:
     folder = coco(tmp_path, [])
-    with pytest.raises(UserError, match=r"none of the 1 pictures of .* is there: no .*a\.jpg"):
+    with pytest.raises(UserError, match=r"none of the 1 pictures .* can be read: .* no .*a\.jpg"):
         LabelledPictures(folder)
     contents = json.loads((folder / "labels.json").read_text())
     contents["images"].append({"id": 8, "file_name": "b.jpg"})
@@ -214,6 +215,16 @@ def test_pictures_that_are_not_there(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"1 of the 2 pictures of .* are not there .*a\.jpg"):
         scenes = LabelledPictures(folder)
     assert [scene.picture.shape for scene in scenes] == [(40, 40, 3)]
+
+
+def test_pictures_none_of_which_can_be_read(tmp_path: Path) -> None:
+    icdar(tmp_path, LINE + "one", LINE + "two")
+    pictures = tmp_path / "img_1.jpg", tmp_path / "img_2.jpg"
+    pictures[0].write_text("version https://git-lfs.github.com/spec/v1")
+    assert len(LabelledPictures(tmp_path)) == 2
+    pictures[1].write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 2 pictures of .* can be read: .*img_1\.jpg"):
+        LabelledPictures(tmp_path)
 
 
 def test_illegible_words_are_ignored_cells_and_no_part_of_the_score(tmp_path: Path) -> None:
@@ -235,10 +246,10 @@ def test_words_that_stretching_makes_too_low_are_counted(tmp_path: Path) -> None
     picture(tmp_path / "img_1.jpg", (1280, 720))
     scenes = LabelledPictures(tmp_path)
     # At 256 x 256 heights shrink by 720 / 256: 60, 30 and 20 pixels become 21, 11 and 7.
-    assert lost_words(scenes, Grid(16, 256, 256)) == (1, 3)
-    assert lost_words(scenes, Grid(16, 1024, 1024)) == (0, 3)
+    assert lost_words(scenes, Grid(16, 256, 256)) == (1, 3, 1)
+    assert lost_words(scenes, Grid(16, 1024, 1024)) == (0, 3, 1)
     (tmp_path / "img_1.jpg").write_bytes(b"spoilt")
-    assert lost_words(scenes, Grid()) == (0, 0)
+    assert lost_words(scenes, Grid()) == (0, 0, 1)
 
 
 def test_an_icdar_set_is_what_was_generated(tmp_path: Path) -> None:
@@ -259,3 +270,74 @@ def test_an_icdar_set_is_what_was_generated(tmp_path: Path) -> None:
         assert np.array_equal(mat[index].picture, text[index].picture)
         assert mat[index].words == text[index].words
         assert np.abs(mat[index].quads - text[index].quads).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0,0,10,0,20,5,20,10,10,15,0,10,5,5,word",  # a polygon of more corners
+        "0,0,10,0,20,5,20,10,10,15,0,10,5,5",
+    ],
+)
+def test_a_polygon_is_not_taken_for_four_corners(tmp_path: Path, line: str) -> None:
+    with pytest.raises(UserError, match=r"line 1 of .*gt_img_1\.txt is neither"):
+        LabelledPictures(icdar(tmp_path, line))
+
+
+def test_boxes_in_units_of_the_picture_are_refused(tmp_path: Path) -> None:
+    """As YOLO has them: class, middle and size."""
+    with pytest.raises(UserError, match="smaller than 2 pixels: are they in pixels"):
+        LabelledPictures(icdar(tmp_path, "0 0.5 0.5 0.3 0.2\n0 0.1 0.7 0.2 0.1"))
+
+
+def test_words_of_the_sets_with_languages_may_be_illegible(tmp_path: Path) -> None:
+    scene = LabelledPictures(icdar(tmp_path, f"{LINE}Latin,###\n{LINE}Latin,one"))[0]
+    assert scene.legible.tolist() == [False, True]
+
+
+def test_text_files_without_their_pictures(tmp_path: Path) -> None:
+    icdar(tmp_path, LINE + "one", LINE + "two")
+    (tmp_path / "img_2.jpg").unlink()
+    with pytest.warns(UserWarning, match="0 of 1 pictures have no .* 1 text files have no picture"):
+        assert len(LabelledPictures(tmp_path)) == 1
+    (tmp_path / "img_1.jpg").unlink()
+    with pytest.raises(UserError, match=r"none of the 2 text files in .* has its picture"):
+        LabelledPictures(tmp_path)
+
+
+def test_linked_folders_are_followed_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    icdar(tmp_path / "elsewhere", LINE + "one")
+    icdar(tmp_path / "set" / ".cache", LINE + "old")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    scenes = LabelledPictures(tmp_path / "set")
+    assert [scenes[index].words for index in range(len(scenes))] == [("one",)]
+
+
+def two_images(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [{"id": index, "file_name": name} for index, name in enumerate(names)]
+    contents = {"images": images, "annotations": []}
+    (folder / "labels.json").write_text(json.dumps(contents))
+    return folder
+
+
+def test_pictures_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "train" / "1.jpg", (30, 20))
+    picture(tmp_path / "images" / "val" / "1.jpg", (50, 40))
+    scenes = LabelledPictures(two_images(tmp_path, "val/1.jpg", "train/1.jpg"))
+    assert [scenes[index].picture.shape[:2] for index in range(2)] == [(40, 50), (20, 30)]
+    with pytest.raises(UserError, match=r"1\.jpg and .*1\.jpg may both be 1\.jpg"):
+        LabelledPictures(two_images(tmp_path, "1.jpg"))
+
+
+def test_cocos_own_folders(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.jpg")
+    two_images(tmp_path / "annotations", "a.jpg")
+    assert len(LabelledPictures(tmp_path)) == 1
+    assert len(LabelledPictures(tmp_path / "annotations" / "labels.json")) == 1
+
+
+def test_an_annotation_of_no_image_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"not COCO's: KeyError\('7'\)"):
+        LabelledPictures(coco(tmp_path, [{"image_id": "7", "bbox": [1, 2, 3, 4]}]))

@@ -85,9 +85,10 @@ def test_workers_code_the_scenes_of_any_size(tmp_path: Path) -> None:
 
 def test_a_spoilt_picture_counts_for_nothing(tmp_path: Path) -> None:
     write_synthtext([scene([BOX])], tmp_path)
+    scenes = LabelledPictures(tmp_path)
     (tmp_path / "0" / "000000.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"scene 0 counts for nothing: cannot read .*000000\.png"):
-        (batch,) = load(LabelledPictures(tmp_path), Grid(), [[0]], workers=0)
+        (batch,) = load(scenes, Grid(), [[0]], workers=0)
     assert (batch[1][0, 6] == IGNORE).all()
 
 
@@ -106,7 +107,7 @@ def two_texts() -> np.ndarray:
 def columns(**changed: object) -> dict[str, object]:
     cell = np.empty((1, 1), object)
     names, boxes, texts = cell.copy(), cell.copy(), cell.copy()
-    names[0, 0], boxes[0, 0], texts[0, 0] = "a.png", np.zeros((2, 4)), np.array(["word"])
+    names[0, 0], boxes[0, 0], texts[0, 0] = "a.png", np.transpose(BOX), np.array(["word"])
     whole = {"imnames": names, "wordBB": boxes, "txt": texts}
     return {name: value for name, value in {**whole, **changed}.items() if value is not None}
 

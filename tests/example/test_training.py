@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,18 +22,20 @@ from command_line import flags
 
 from examples.text_detection.batches import StepSampler
 from examples.text_detection.errors import UserError
+from examples.text_detection.generator import GeneratedText
 from examples.text_detection.log import Log, read_log
 from examples.text_detection.processes import Processes
+from examples.text_detection.synthtext import write_synthtext
 from examples.text_detection.train import Run, main, train
 from examples.text_detection.training import Recipe, Training, load_model, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SMALL = Recipe(pictures=20, size=64, batch=4, steps=8)
+SMALL = Recipe(pictures=20, held_out=2, size=64, batch=4, steps=8)
 CPU = Processes(0, 1, torch.device("cpu"))
 
 
 def run(out: Path, **changed: object) -> Run:
-    quick = Run(out=out, device="cpu", workers=0, held_out=2, score_every=100, log_every=1)
+    quick = Run(out=out, device="cpu", workers=0, score_every=100, log_every=1)
     return replace(quick, **changed)
 
 
@@ -128,11 +131,16 @@ def test_a_run_leaves_figures_a_score_and_a_log(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_stride_is_explained() -> None:
     state = Training(SMALL, CPU).state_dict()
-    with pytest.raises(UserError, match=r"was made with --stride 16, .* give --stride 16 to go on"):
+    with pytest.raises(
+        UserError, match=r"was made with --stride 16, .* run it with --stride 16 to"
+    ):
         Training(replace(SMALL, stride=8), CPU).load_state_dict(state)
 
 
-@pytest.mark.parametrize("contents", [None, b"", b"not a checkpoint", {"other": 1}, Recipe()])
+@pytest.mark.parametrize(
+    "contents",
+    [None, b"", b"not a checkpoint", {"other": 1}, {"recipe": {}}, {"recipe": 1}, Recipe()],
+)
 def test_a_file_that_is_no_checkpoint_is_explained(tmp_path: Path, contents: object) -> None:
     path = tmp_path / "checkpoint.pt"
     if isinstance(contents, bytes):
@@ -367,3 +375,83 @@ def test_a_checkpoint_of_another_version_is_explained(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "new.pt")
     with pytest.raises(UserError, match="is of another version: it has colour"):
         load_model(tmp_path / "new.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "message"),
+    [
+        ("crop", True, False, "made with --crop, this run is without --crop: run it with --crop"),
+        ("data", "", "set", "made without --data, this run is with --data set: run it without"),
+        ("held_out", 2, None, "made with --held-out 2, this run is without --held-out"),
+    ],
+)
+def test_another_recipe_is_explained(
+    name: str, before: object, after: object, message: str
+) -> None:
+    state = Training(replace(SMALL, **{name: before}), CPU).state_dict()
+    with pytest.raises(UserError, match=message):
+        Training(replace(SMALL, **{name: after}), CPU).load_state_dict(state)
+
+
+def write_set(folder: Path, count: int) -> str:
+    write_synthtext((GeneratedText(count, 64)[index] for index in range(count)), folder)
+    return str(folder)
+
+
+def test_a_run_does_not_go_on_with_another_number_of_pictures(tmp_path: Path) -> None:
+    recipe = replace(SMALL, data=write_set(tmp_path / "set", 8), steps=1)
+    train(recipe, run(tmp_path / "run"))
+    train(recipe, run(tmp_path / "run", resume=True))
+    (tmp_path / "set" / "0" / "000001.png").unlink()
+    with (
+        pytest.warns(UserWarning, match="1 of the 8 pictures"),
+        pytest.raises(UserError, match="began with 6 pictures to train on, now there are 5"),
+    ):
+        train(recipe, run(tmp_path / "run", resume=True))
+
+
+def test_a_glance_at_pictures_none_of_which_can_be_read_ends_no_run(tmp_path: Path) -> None:
+    recipe = replace(SMALL, data=write_set(tmp_path / "set", 8), held_out=1, steps=2)
+    (tmp_path / "set" / "0" / "000007.png").write_bytes(b"spoilt")
+    with (
+        pytest.warns(UserWarning, match="no score at step 1: none of the pictures"),
+        pytest.raises(UserError, match="none of the pictures to score can be read"),
+    ):
+        train(recipe, run(tmp_path / "run", score_every=1))
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("contents", [None, b"\0", b"step,loss\n"])
+def test_a_finished_run_is_scored_again_without_its_log(
+    tmp_path: Path, contents: bytes | None
+) -> None:
+    recipe = replace(SMALL, steps=1)
+    train(recipe, run(tmp_path))
+    (tmp_path / "log.csv").unlink()
+    (tmp_path / "curves.png").unlink()
+    if contents:
+        (tmp_path / "log.csv").write_bytes(contents)
+    assert train(recipe, run(tmp_path, resume=True)) is not None
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_broken_tensorboard_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("tensorboard"))
+    with pytest.warns(UserWarning, match="no log for TensorBoard: Descriptors"):
+        Log(tmp_path / "log.csv", ("loss",)).add(1, loss=1.0)
+    assert read_log(tmp_path / "log.csv")["loss"].tolist() == [1.0]
+
+
+def test_the_current_folder_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(replace(SMALL, steps=1), run(Path()))
+    with pytest.raises(UserError, match="has an earlier run; --resume it or name another --out"):
+        train(replace(SMALL, steps=1), run(Path()))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Batch normalisation on the CPU sees a process's own half, so the group norm it is.
 # The second step has momentum. After more of them, rounding errors have moved some value over the
 # kink of a ReLU, which magnifies them by three orders and more.
-RECIPE = Recipe(pictures=40, size=64, batch=8, steps=2, norm="group")
+RECIPE = Recipe(pictures=40, held_out=1, size=64, batch=8, steps=2, norm="group")
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
@@ -29,7 +29,7 @@ RECIPE = Recipe(pictures=40, size=64, batch=8, steps=2, norm="group")
 def test_two_steps_of_two_processes_are_two_steps_of_one(tmp_path: Path, reduction: str) -> None:
     recipe = replace(RECIPE, reduction=reduction)
     torch.set_num_threads(1)  # as each of the two has it: convolutions round otherwise with more
-    train(recipe, Run(out=tmp_path / "one", device="cpu", workers=0, held_out=1))
+    train(recipe, Run(out=tmp_path / "one", device="cpu", workers=0))
     one = read_checkpoint(tmp_path / "one" / "checkpoint.pt")
 
     options = flags(
