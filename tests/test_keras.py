@@ -562,3 +562,10 @@ def test_without_keras_the_package_works_and_the_module_says_what_to_install() -
 
 def test_the_package_does_not_import_keras() -> None:
     assert run("import sys, fcrn_fused; print('keras' in sys.modules)").strip() == "False"
+
+
+def test_lists_have_weights_too() -> None:
+    loss = FCRNLoss(data_format="channels_first")
+    pred, target = np.random.rand(2, 7, 3, 3), np.random.rand(2, 7, 3, 3)
+    of_lists = loss(target.tolist(), pred.tolist(), sample_weight=[1.0, 3.0])
+    torch.testing.assert_close(of_lists, loss(target, pred, sample_weight=np.array([1.0, 3.0])))
