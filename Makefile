@@ -44,6 +44,8 @@ PARALLEL = $(shell $(PY) -c '$(HAS_XDIST)' 2> /dev/null && \
 .PHONY: train test bench gpu lint wheel docs soak clean
 .DELETE_ON_ERROR:
 
+# Threads that wait do not spin, so that the process that makes the images has their core.
+train: export OMP_WAIT_POLICY ?= passive
 train: $(STAMPS)/built $(STAMPS)/extras
 	$(PY) -m examples.text_detection.train $(ARGS)
 

@@ -80,11 +80,13 @@ class CodedScenes(Dataset[Batch]):
 def random_crop(scene: Scene, least: int, random: np.random.Generator) -> Scene:
     """A square window with a side from `least` pixels to the longer side of the picture.
 
-    Small and large words come at many sizes so, and keep their shape. Every second window holds
-    the middle of a word, for most of a large picture has none.
+    It is at most twice the shorter side: little of a larger one would be picture. So small and
+    large words come at many sizes, and keep their shape. Every second window holds the middle of a
+    word, for most of a large picture has none.
     """
     height, width = scene.picture.shape[:2]
-    side = round(np.exp(random.uniform(*np.log([least, max(least, width, height)]))))
+    most = max(least, min(max(width, height), 2 * min(width, height)))
+    side = round(np.exp(random.uniform(*np.log([least, most]))))
     # Where the window is the larger, the picture lies anywhere in it.
     low = np.minimum(0, [width - side, height - side])
     high = np.maximum(0, [width - side, height - side])

@@ -30,14 +30,17 @@ def make_folder(path: Path) -> Path:
 
 
 def replace_file(path: Path, contents: bytes) -> None:
-    """Write a file beside `path` and rename it, so that `path` is whole at any moment."""
+    """Write a file beside `path` and rename it, so that `path` is whole at any moment.
+
+    UserError: it cannot be written.
+    """
     beside = path.with_name(path.name + ".tmp")
     try:
         beside.write_bytes(contents)
         os.replace(beside, path)
-    except OSError:
+    except OSError as error:
         beside.unlink(missing_ok=True)
-        raise
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -29,9 +29,7 @@ _CORNERS, _SIDES = (
     re.compile(rf"\s*({_NUMBER}(?:{_COMMA}{_NUMBER}){{{count - 1}}})(?:{_COMMA}(.*))?")
     for count in (8, 4)
 )
-
-
-_POLYGON = re.compile(rf"(?:{_NUMBER}{_COMMA}){{4}}")  # more than four corners: no quad
+_POLYGON = re.compile(rf"(?:{_NUMBER}{_COMMA}){{4}}")  # after four corners: it has more
 
 
 def read_icdar(folder: Path) -> list[Label]:

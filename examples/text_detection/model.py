@@ -13,7 +13,7 @@ Norm = Literal["batch", "group", "none"]
 # where the maps are largest.
 WIDTHS: dict[str, tuple[int, int, int, int, int]] = {
     "paper": (64, 128, 128, 256, 512),
-    "narrow": (8, 16, 32, 64, 128),
+    "narrow": (8, 16, 32, 64, 96),
 }
 STRIDES = (8, 16, 32)
 

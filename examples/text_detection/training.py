@@ -202,7 +202,7 @@ class Training:
                     "on, or leave --resume out to start anew"
                 )
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
+        _load(self.model, state)
         self.optimiser.load_state_dict(state["optimiser"])
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.negative_weight.load_state_dict(state["negative_weight"])
@@ -290,8 +290,17 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     state = read_checkpoint(path)
     recipe = _recipe(state)
     model = recipe.model()
-    model.load_state_dict(state["model"])
+    _load(model, state)
     return model.to(device).eval(), recipe
+
+
+def _load(model: FCRN, state: dict[str, Any]) -> None:
+    """Load the weights of a checkpoint; UserError if they are of another network."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the checkpoint is of another version's network: {reason}") from None
 
 
 def _as_flag(name: str, value: Any) -> str:

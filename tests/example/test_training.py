@@ -267,7 +267,11 @@ def fills_up(monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("checkpoint.pt.tmp", "write_bytes"), ("log.csv", "open")]
+    ("name", "method", "sentence"),
+    [
+        ("checkpoint.pt.tmp", "write_bytes", "cannot write OUT/checkpoint.pt: No space left"),
+        ("log.csv", "open", "OUT/log.csv: No space left"),
+    ],
 )
 def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint(
     tmp_path: Path,
@@ -275,10 +279,10 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint(
     capsys: pytest.CaptureFixture[str],
     name: str,
     method: str,
+    sentence: str,
 ) -> None:
     options = flags(size=64, batch=2, workers=0, held_out=2, device="cpu", out=tmp_path)
     main([*options, *flags(steps=4, save_every=2, log_every=1)])
-    before = (tmp_path / "checkpoint.pt").read_bytes()
     state = read_checkpoint(tmp_path / "checkpoint.pt")
     state["recipe"]["steps"] = 6
     torch.save(state, tmp_path / "checkpoint.pt")
@@ -288,7 +292,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint(
         main([*options, *flags(steps=6, save_every=2, log_every=1, resume=True)])
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: {tmp_path / name}: No space left on device"
+    assert error == f"error: {sentence.replace('OUT', str(tmp_path))} on device"
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not (tmp_path / "checkpoint.pt.tmp").exists()
 
@@ -371,6 +375,12 @@ def test_a_checkpoint_of_another_version_is_explained(tmp_path: Path) -> None:
     del state["recipe"]["crop"]
     torch.save(state, tmp_path / "old.pt")
     assert load_model(tmp_path / "old.pt")[1] == SMALL
+    weight = state["model"].pop("head.weight")
+    torch.save({**state, "model": {**state["model"], "head.weight": weight[:1]}}, tmp_path / "b.pt")
+    with pytest.raises(
+        UserError, match=r"another version's network: size mismatch for head\.weight"
+    ):
+        load_model(tmp_path / "b.pt")
     state["recipe"]["colour"] = "grey"
     torch.save(state, tmp_path / "new.pt")
     with pytest.raises(UserError, match="is of another version: it has colour"):
