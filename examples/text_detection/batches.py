@@ -58,7 +58,7 @@ class CodedScenes(Dataset[Batch]):
             scene = self.scenes[key % len(self)]
         except UserError as error:
             # One spoilt file must not end a long run: all its cells are ignored.
-            warnings.warn(f"scene {key % len(self)} counts for nothing: {error}", stacklevel=1)
+            warnings.warn(f"scene {key % len(self)} is ignored: {error}", stacklevel=1)
             return self._nothing()
         if self.crops is not None:
             scene = random_crop(scene, width, np.random.default_rng([self.crops, key]))
@@ -81,7 +81,7 @@ def random_crop(scene: Scene, least: int, random: np.random.Generator) -> Scene:
     """A square window with a side from `least` pixels to the longer side of the picture.
 
     It is at most twice the shorter side: little of a larger one would be picture. So small and
-    large words come at many sizes, and keep their shape. Every second window holds the middle of a
+    large words come at many sizes, and keep their shape. Half of the windows hold the middle of a
     word, for most of a large picture has none.
     """
     height, width = scene.picture.shape[:2]

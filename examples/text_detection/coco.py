@@ -5,7 +5,7 @@ image these are used: `id` and `file_name`, the end of the picture's path. Of an
 `image_id`; the polygons in `segmentation`, or where there are none `bbox`, (left, top, width,
 height); the word in `text` or `utf8_string`; and `iscrowd`, `ignore` or `legibility` "illegible",
 which say that nobody is asked to find it. Source:
-https://cocodataset.org/#format-data; `utf8_string` and `legibility` are COCO-Text's.
+https://cocodataset.org/#format-data; `utf8_string` and `legibility` are names that COCO-Text uses.
 
 Polygons have no first corner: a word becomes the smallest rectangle around its polygons, read along
 its longer side from left to right.
@@ -13,9 +13,8 @@ its longer side from left to right.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,8 @@ def read_coco(source: Path) -> list[Label]:
         try:
             return _labels(folder, found)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"an entry of {path} is not COCO's: {error!r}") from None
+            missing = "it has no " if isinstance(error, KeyError) else ""
+            raise UserError(f"an entry of {path} is not COCO's: {missing}{error}") from None
     return []
 
 
@@ -64,7 +64,11 @@ def _contents(path: Path) -> dict[str, Any] | None:
 
 def _labels(folder: Path, contents: dict[str, Any]) -> list[Label]:
     annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in contents["images"]}
+    if len(annotations) < len(contents["images"]):
+        raise ValueError("two images have the same id")
     for annotation in contents["annotations"]:
+        if annotation["image_id"] not in annotations:
+            raise ValueError(f"no image has the id {annotation['image_id']!r} of an annotation")
         annotations[annotation["image_id"]].append(annotation)
     names = [str(image["file_name"]).strip().replace("\\", "/") for image in contents["images"]]
     labels = []
@@ -75,27 +79,28 @@ def _labels(folder: Path, contents: dict[str, Any]) -> list[Label]:
 
 
 def _paths(folder: Path, names: list[str]) -> list[Path]:
-    """The files of pictures whose paths end with `names`, in `folder` or below it."""
+    """The files of pictures called `names`, in `folder` or below it.
+
+    A picture that is in another folder than its name says is found by the last part of its name,
+    if no other has the same.
+    """
     paths = [folder / name for name in names]
     if all(path.is_file() for path in paths):
         return paths
     below = defaultdict(list)
     for path in files_below(folder):
         below[path.name].append(path)
-    return [path if path.is_file() else _ending_with(path, below[path.name]) for path in paths]
-
-
-def _ending_with(path: Path, candidates: list[Path]) -> Path:
-    """The one of the candidates that shares the most folders at its end with `path`."""
-
-    def shared(candidate: Path) -> int:
-        pairs = zip(reversed(candidate.parts), reversed(path.parts), strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    best = sorted(candidates, key=shared)[-2:]
-    if len(best) == 2 and shared(best[0]) == shared(best[1]):
-        raise UserError(f"{best[0]} and {best[1]} may both be {path.name}; name a folder of one")
-    return best[-1] if best else path
+    times = Counter(path.name for path in paths)
+    for index, path in enumerate(paths):
+        if path.is_file():
+            continue
+        found = [file for file in below[path.name] if str(file).endswith(f"/{names[index]}")]
+        if not found and times[path.name] == 1:
+            found = below[path.name]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1]} may both be the picture {names[index]}")
+        paths[index] = found[0] if found else path
+    return paths
 
 
 def _word(annotation: dict[str, Any]) -> str:

@@ -3,15 +3,16 @@
     python -m examples.text_detection.detect runs/train/checkpoint.pt PICTURES --out runs/detect
 
 PICTURES are files or folders. A picture called NAME gets NAME.json, a list of
-{"quad": [[x, y] x 4], "x", "y", "w", "h", "theta", "score"}, in pixels and radians, surest first,
+{"quad": [[x, y] x 4], "x", "y", "w", "h", "theta", "score"}, in pixels and radians, by score,
 and NAME.png with the boxes drawn. Both speak of the picture as a viewer shows it, turned as EXIF
-says. A picture that cannot be read is named and passed over.
+says. A picture that cannot be read is named and skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,9 @@ def pictures_of(paths: Iterable[Path]) -> list[Path]:
             raise UserError(f"there is no file or folder {path}")
     if not found:
         raise UserError("there is no picture in " + ", ".join(map(str, paths)))
-    names = [path.name for path in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two pictures are called {name}; name their folders one at a time")
+    name, times = Counter(path.name for path in found).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"two pictures are called {name}; name their folders one at a time")
     return found
 
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/detect"))
     parser.add_argument("--scales", type=scale, nargs="+", default=SCALES)
     parser.add_argument("--threshold", type=share, default=0.3, help="least confidence of a box")
-    parser.add_argument("--overlap", type=share, default=0.3, help="of boxes that are one word")
+    parser.add_argument("--overlap", type=share, default=0.3, help="IoU of boxes that are one word")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     options = parser.parse_args(arguments)
     model, recipe = load_model(options.checkpoint, usable(options.device))
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_out(options.out, paths)
     make_folder(options.out)
 
-    passed_over = []
+    skipped = []
     for path in tqdm(paths, "detect"):
         try:
             picture = read_picture(path)
@@ -122,15 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 model, recipe.grid(), picture, options.scales, options.threshold, options.overlap
             )
         except UserError as error:
-            tqdm.write(f"passed over {path}: {error}", file=sys.stderr)
-            passed_over.append(path)
+            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+            skipped.append(path)
             continue
         drawn = Image.fromarray(draw_boxes(picture, boxes.quads, boxes.scores))
         drawn.save(options.out / f"{path.name}.png", pnginfo=_signature())
         write_json(as_json(boxes), options.out / f"{path.name}.json")
-    print(f"{len(paths) - len(passed_over)} of {len(paths)} pictures done, in {options.out}")
-    if passed_over:
-        raise UserError(f"{len(passed_over)} of {len(paths)} pictures were passed over")
+    print(f"{len(paths) - len(skipped)} of {len(paths)} pictures done, in {options.out}")
+    if skipped:
+        raise UserError(f"{len(skipped)} of {len(paths)} pictures were skipped")
 
 
 if __name__ == "__main__":

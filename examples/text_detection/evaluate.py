@@ -63,7 +63,7 @@ def evaluate(
 ) -> Score:
     """The score of `model` on all `scenes`; leaves the model in eval mode.
 
-    UserError: no picture can be read.
+    UserError: none could be scored.
     """
     total = Score()
     seen = False
@@ -75,7 +75,7 @@ def evaluate(
         total += score(found, scene.quads, wanted)
         seen = True
     if not seen:
-        raise UserError("none of the pictures to score can be read")
+        raise UserError("none of the pictures could be scored")
     return total
 
 
@@ -86,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="what `train` wrote")
     parser.add_argument("--data", type=Path, help="SynthText, ICDAR or COCO; else generated")
-    parser.add_argument("--pictures", type=positive, default=200, help="how many, at most")
+    parser.add_argument(
+        "--pictures", type=positive, help="at most; without it all, or 200 generated"
+    )
     parser.add_argument("--scales", type=scale, nargs="+", help="1, or the paper's after --crop")
     parser.add_argument("--threshold", type=share, default=0.3, help="least confidence of a box")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scenes = LabelledPictures(options.data, length=options.pictures)
         scenes = scenes if recipe.crop else Stretched(scenes, grid)
     else:
-        scenes = GeneratedText(options.pictures, grid.width, "held-out", HELD_OUT_SEED)
+        scenes = GeneratedText(options.pictures or 200, grid.width, "held-out", HELD_OUT_SEED)
     print(evaluate(model, grid, scenes, scales, options.threshold, progress=True))
 
 

@@ -13,8 +13,12 @@ from .errors import UserError
 
 def files_below(folder: Path) -> list[Path]:
     """The files in a folder and the folders in it, also linked ones, by name; no hidden ones."""
-    found = []
+    found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(found)

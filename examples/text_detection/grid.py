@@ -36,12 +36,10 @@ class Coded:
     target: (7, H / stride, W / stride) float32. Confidence is 1 in a word's cell, IGNORE in the
         cells of words that nobody could be asked to find, else 0.
     collisions: words left out because a larger one has its centre in the same cell.
-    outside: words left out because their centre is not in the picture.
     """
 
     target: NDArray[np.float32]
     collisions: int
-    outside: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class Grid:
                 np.sin(theta),
                 1.0,
             )
-        return Coded(target, collisions, int((~inside).sum()))
+        return Coded(target, collisions)
 
     def decode(self, maps: NDArray[np.float32], threshold: float = 0.3) -> Boxes:
         """The boxes of all cells of `maps` (7, rows, columns) with confidence over `threshold`.

@@ -1,7 +1,7 @@
 """The labels of ICDAR's competitions on scene text: a text file for each picture.
 
 The file of the picture NAME is `gt_NAME.txt` or `NAME.txt`, in UTF-8 with or without a byte order
-mark, anywhere in the same folder as the picture or in one beside it. Each line is a word:
+mark, in the same folder as the picture or in another one of the set. Each line is a word:
 
     x1,y1,x2,y2,x3,y3,x4,y4,transcription       2015: corners, clockwise from the top left
     left, top, right, bottom, "transcription"   2013, whose training set has blanks for commas
@@ -29,7 +29,7 @@ _CORNERS, _SIDES = (
     re.compile(rf"\s*({_NUMBER}(?:{_COMMA}{_NUMBER}){{{count - 1}}})(?:{_COMMA}(.*))?")
     for count in (8, 4)
 )
-_POLYGON = re.compile(rf"(?:{_NUMBER}{_COMMA}){{4}}")  # after four corners: it has more
+_POLYGON = re.compile(rf"(?:{_NUMBER}\s*,\s*){{4}}")  # after four corners: it has more
 
 
 def read_icdar(folder: Path) -> list[Label]:
@@ -56,7 +56,7 @@ def read_icdar(folder: Path) -> list[Label]:
                 f"{path}, {found[0]} and {rivals[0]} have the same name; name the folder of one set"
             )
         if found:
-            labels[found[0]] = read_words(found[0], path)
+            labels[found[0]] = _read_words(found[0], path)
     alone = [path for path in files if path.match("gt_*.txt") and path not in labels]
     if alone and not labels:
         raise UserError(f"none of the {len(alone)} text files in {folder} has its picture")
@@ -69,7 +69,7 @@ def read_icdar(folder: Path) -> list[Label]:
     return list(labels.values())
 
 
-def read_words(text: Path, picture: Path) -> Label:
+def _read_words(text: Path, picture: Path) -> Label:
     """The words in one text file."""
     quads, words = [], []
     lines = text.read_text("utf-8-sig", errors="replace").split("\n")

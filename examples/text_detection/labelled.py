@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ class LabelledPictures(Dataset[Scene]):
         ICDAR's text files; or such a `.mat` or `.json` file itself.
     length: take only the first so many scenes.
 
-    The boxes of all scenes lie in one array, so that loader processes share them instead of each
-    copying millions of small ones. Boxes wholly outside their picture, of which SynthText has
-    some, are dropped; those that reach over its border stay as they are. A scene whose picture is
-    not there is left out with a warning.
+    The boxes of all scenes lie in one array and the words in one string, so that loader processes
+    share them instead of each copying millions of small ones. Boxes wholly outside their picture,
+    of which SynthText has some, are dropped; those that reach over its border stay as they are. A
+    scene whose picture is not there is left out with a warning.
 
     UserError: `source` is none of these, its labels are damaged, or none of its pictures can be
         read.
@@ -36,7 +37,7 @@ class LabelledPictures(Dataset[Scene]):
 
     def __init__(self, source: Path, length: int | None = None) -> None:
         labels = read_labels(Path(source))[:length]
-        _require_one(source, labels)
+        require_one(f"the {len(labels)} pictures of {source}", [label.path for label in labels])
         missing = [label.path for label in labels if not label.path.is_file()]
         if missing:
             warnings.warn(
@@ -50,23 +51,24 @@ class LabelledPictures(Dataset[Scene]):
             raise UserError(
                 f"most boxes of {source} are smaller than 2 pixels: are they in pixels?"
             )
-        self._paths = np.array([str(label.path) for label in labels])
+        self._paths = _Strings([str(label.path) for label in labels])
         self._ends = np.cumsum([len(label.quads) for label in labels])
         self._quads = quads
-        self._words = np.array(["\n".join(label.words) for label in labels])
+        self._words = _Strings(["\n".join(label.words) for label in labels])
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> Scene:
-        return self._scene(index, read_picture(self._path(index)))
+        return self._scene(index, read_picture(self.path(index)))
 
     def without_pixels(self, index: int) -> Scene:
         """The scene with a picture (H, W, 0): only the head of its file is read."""
-        width, height = picture_size(self._path(index))
+        width, height = picture_size(self.path(index))
         return self._scene(index, np.empty((height, width, 0), np.uint8))
 
-    def _path(self, index: int) -> Path:
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of a set of {len(self)}")
         return Path(self._paths[index])
@@ -80,17 +82,30 @@ class LabelledPictures(Dataset[Scene]):
         return Scene(picture, quads[touching], tuple(words[touching]))
 
 
-def _require_one(source: Path, labels: list[Label]) -> None:
+class _Strings:
+    """A sequence of strings in one object."""
+
+    def __init__(self, strings: list[str]) -> None:
+        encoded = [text.encode(errors="surrogateescape") for text in strings]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __getitem__(self, index: int) -> str:
+        part = self._bytes[self._ends[index] : self._ends[index + 1]]
+        return part.decode(errors="surrogateescape")
+
+
+def require_one(what: str, paths: Sequence[Path]) -> None:
     """UserError where no picture can be read: none is there, or they are pointers of Git LFS."""
     reason = None
-    for label in labels:
+    for path in paths:
         try:
-            picture_size(label.path)
+            picture_size(path)
         except UserError as error:
             reason = reason or error
         else:
             return
-    raise UserError(f"none of the {len(labels)} pictures of {source} can be read: {reason}")
+    raise UserError(f"not one of {what} can be read: {reason}")
 
 
 def read_labels(source: Path) -> list[Label]:

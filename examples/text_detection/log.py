@@ -36,11 +36,12 @@ class Log:
         writer.writeheader()
         writer.writerows(rows)
         replace_file(path, text.getvalue().encode())
+        first = 0 if after is None else after + 1  # step; later events of a former run are void
         self.events = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(path.parent / "tensorboard", purge_step=after and after + 1)
+            self.events = SummaryWriter(path.parent / "tensorboard", purge_step=first)
         except ImportError:
             pass
         except Exception as error:  # what a broken installation raises: the CSV file is enough
@@ -75,7 +76,9 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]], int]:
 def _whole(names: list[str], row: list[str]) -> bool:
     """Whether a row has a step, and a number or nothing in every other column."""
     try:
-        int(row[0]), *map(float, filter(None, row))
+        int(row[0])
+        for value in filter(None, row):
+            float(value)
     except ValueError:
         return False
     return names[0] == "step" and len(row) == len(names)

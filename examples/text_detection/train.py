@@ -34,7 +34,7 @@ from .evaluate import HELD_OUT_SEED, detections, evaluate
 from .files import make_folder, write_json
 from .generator import GeneratedText
 from .grid import Grid, warn_if_pixels
-from .labelled import LabelledPictures, lost_words
+from .labelled import LabelledPictures, lost_words, require_one
 from .log import Log, read_log
 from .model import STRIDES, WIDTHS
 from .processes import Processes, joined
@@ -79,7 +79,7 @@ def train(recipe: Recipe, run: Run) -> Score | None:
     with joined(run.device) as processes:
         if recipe.batch % processes.count:
             raise UserError(
-                f"--batch {recipe.batch} does not part among {processes.count} processes"
+                f"--batch {recipe.batch} is not divisible by {processes.count} processes"
             )
         scenes, held_out = _scenes(recipe, processes)
         training = Training(recipe, processes, run.compile)
@@ -87,7 +87,7 @@ def train(recipe: Recipe, run: Run) -> Score | None:
         if run.resume:
             state = read_checkpoint(checkpoint)
             training.load_state_dict(state)
-            _check_length(scenes, state)
+            _check_length(scenes, held_out, state)
         elif processes.first:
             _set_aside(run.out)
             make_folder(run.out)
@@ -116,9 +116,12 @@ def _scenes(recipe: Recipe, processes: Processes) -> tuple[Dataset[Scene], Datas
     first = len(scenes) - kept
     if first < 1:
         raise UserError(
-            f"{recipe.data} has {len(scenes)} pictures, of which --held-out {kept} leaves none to "
-            "train on"
+            f"{recipe.data} has {len(scenes)} pictures; with {kept} held out for scoring none is "
+            "left to train on"
         )
+    require_one(
+        f"the {kept} held-out pictures", [scenes.path(i) for i in range(first, len(scenes))]
+    )
     if processes.first:
         print(f"{first} pictures to train on, {kept} held out")
         if not recipe.crop:
@@ -136,13 +139,17 @@ def _lost_words(scenes: LabelledPictures, grid: Grid) -> str:
     )
 
 
-def _check_length(scenes: Dataset[Scene], state: dict[str, Any]) -> None:
+def _length(scenes: Dataset[Scene], held_out: Dataset[Scene]) -> int:
+    return len(scenes) + len(held_out)  # type: ignore[arg-type]
+
+
+def _check_length(scenes: Dataset[Scene], held_out: Dataset[Scene], state: dict[str, Any]) -> None:
     """UserError if pictures came or went: the split and the order of all would be others."""
-    length, now = state.get("length"), len(scenes)  # type: ignore[arg-type]
-    if length not in (None, now):
+    before, now = state.get("length"), _length(scenes, held_out)
+    if before not in (None, now):
         raise UserError(
-            f"the run began with {length} pictures to train on, now there are {now}: bring the old "
-            "ones back to go on, or leave --resume out to start anew"
+            f"the run began with {before} pictures, now there are {now}: bring the old ones back "
+            "to go on, or leave --resume out to start anew"
         )
 
 
@@ -151,7 +158,7 @@ def _optimise(
 ) -> bool:
     """Take the steps that are left, logging and saving; whether they were all taken."""
     recipe, processes = training.recipe, training.processes
-    length: int = len(scenes)  # type: ignore[arg-type]
+    length = _length(scenes, held_out)
     log = None
     if processes.first:
         log = Log(run.out / "log.csv", _COLUMNS, training.step if run.resume else None)
@@ -160,7 +167,15 @@ def _optimise(
     glance = 10 if recipe.crop else 50
     few = Subset(held_out, range(min(glance, len(held_out))))  # type: ignore[arg-type]
     first, last, seed = training.step, recipe.steps, recipe.seed
-    steps = StepSampler(length, recipe.batch, first, last, seed, processes.rank, processes.count)
+    steps = StepSampler(
+        len(scenes),  # type: ignore[arg-type]
+        recipe.batch,
+        first,
+        last,
+        seed,
+        processes.rank,
+        processes.count,
+    )
     bar = tqdm(
         load(scenes, recipe.grid(), steps, run.workers, seed if recipe.crop else None),
         "train",
@@ -180,7 +195,8 @@ def _optimise(
                     raise _diverged(training, run)
                 if processes.first:
                     save({**training.state_dict(), "length": length}, run.out / "checkpoint.pt")
-            if training.step % run.log_every == 0 or ends:
+            scores = training.step % run.score_every == 0 or ends
+            if training.step % run.log_every == 0 or scores:
                 parts = training.parts(stats, len(pictures))
                 if not math.isfinite(parts.loss):
                     raise _diverged(training, run)
@@ -189,7 +205,7 @@ def _optimise(
                     f"{parts.positive_conf:.3f} (positive) + {parts.negative_conf:.3f} (negative)"
                 )
                 score = {}
-                if log and (training.step % run.score_every == 0 or ends):
+                if log and scores:
                     score = _glance(training, few)
                 if log:
                     log.add(
@@ -295,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out",
         type=positive,
         default=recipe.held_out,
-        help="kept for scoring: 200, of DATA at most a fifth",
+        help="kept for scoring; without it 200, of DATA at most a fifth",
     )
     add("--size", type=positive, default=recipe.size, help="side of a picture in pixels")
     add("--stride", type=int, choices=STRIDES, default=recipe.stride, help="side of a cell")
@@ -316,9 +332,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the step")
     add("--device", default=run.device, help="cpu, cuda, or auto: a GPU if there is one")
     add("--workers", type=natural, default=run.workers, help="processes that make pictures")
-    add("--log-every", type=positive, default=run.log_every, help="steps a row of log.csv")
-    add("--score-every", type=positive, default=run.score_every, help="steps a score")
-    add("--save-every", type=positive, default=run.save_every, help="steps a checkpoint")
+    add("--log-every", type=positive, default=run.log_every, help="steps between rows of log.csv")
+    add("--score-every", type=positive, default=run.score_every, help="steps between scores")
+    add("--save-every", type=positive, default=run.save_every, help="steps between checkpoints")
     return parser
 
 

@@ -62,9 +62,9 @@ def test_detect_leaves_boxes_and_a_drawing_for_every_picture_it_can_read(
     (pictures / "spoilt.jpg").write_bytes(b"no picture")
     (pictures / "notes.txt").write_text("not a picture, and not taken for one")
     out = tmp_path / "found"
-    # Any confidence will do: a network of two steps is sure of nothing.
-    command = [str(checkpoint), str(pictures), *flags(out=out, threshold=0)]
-    assert "1 of 2 pictures were passed over" in refused(command, capsys, detect.main)
+    sure = with_bias(checkpoint, tmp_path / "sure.pt", 0, 0, 0.1, 0.1, 1, 0, 1)
+    command = [sure, str(pictures), *flags(out=out)]
+    assert "1 of 2 pictures were skipped" in refused(command, capsys, detect.main)
     assert {path.name for path in out.iterdir()} == {"good.png.json", "good.png.png"}
     boxes = json.loads((out / "good.png.json").read_text())
     assert boxes
@@ -198,7 +198,7 @@ def test_no_memory_for_one_picture_does_not_end_detect(
     with pytest.raises(SystemExit):
         detect.main([*command, *flags(out=out, device="cpu")])
     said = capsys.readouterr().err
-    assert f"passed over {tmp_path / picture}: no memory for 64 x 64 pixels at scale 1" in said
+    assert f"skipped {tmp_path / picture}: no memory for 64 x 64 pixels at scale 1" in said
     assert len(list(out.glob("*.json"))) == 1
 
 
@@ -221,8 +221,8 @@ def test_an_empty_folder_is_no_list_of_pictures(
         (["CHECKPOINT", ".", "--scales", "1", "nan"], "--scales: nan is not above 0 and finite"),
         (["CHECKPOINT", ".", "--scales", "inf"], "--scales: inf is not above 0 and finite"),
         (["CHECKPOINT", ".", "--scales", "one"], "--scales: 'one' is not a number"),
-        (["CHECKPOINT", "PICTURE", "--scales", "1e308"], "1 of 1 pictures were passed over"),
-        (["CHECKPOINT", "PICTURE", "--scales", "1e9"], "1 of 1 pictures were passed over"),
+        (["CHECKPOINT", "PICTURE", "--scales", "1e308"], "1 of 1 pictures were skipped"),
+        (["CHECKPOINT", "PICTURE", "--scales", "1e9"], "1 of 1 pictures were skipped"),
         (
             ["CHECKPOINT", "PICTURE", "--out", "PICTURE"],
             "cannot make the folder PICTURE: File exists",

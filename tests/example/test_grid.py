@@ -93,9 +93,8 @@ def test_of_equal_words_in_a_cell_the_first_is_kept() -> None:
     assert coded.target[0, 6, 6] == pytest.approx(100 / 16 - 6.5)
 
 
-def test_a_word_centred_outside_is_counted_and_left_out() -> None:
+def test_a_word_centred_outside_is_left_out() -> None:
     coded = Grid(16).encode(np.concatenate([quad(300, 100), quad(-40, 10)]), 256, 256)
-    assert coded.outside == 2
     assert not coded.target.any()
 
 

@@ -51,6 +51,7 @@ def icdar(folder: Path, *texts: str | bytes) -> Path:
         ('10, 20, 40, 32, "Footpath"', "Footpath"),
         ('10 20 40 32 "To"', "To"),
         ("10,20,40,32,12", "12"),
+        (LINE + "0800 12 34 56 78", "0800 12 34 56 78"),
         ('10, 20, 40, 32, "a ""b"', 'a ""b'),
     ],
 )
@@ -185,7 +186,9 @@ def test_coco_names_pictures_in_many_ways(tmp_path: Path, name: str) -> None:
 def test_a_json_file_that_is_not_coco_is_explained(tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg")
     folder = coco(tmp_path, [{"segmentation": [[1, 2, 3]]}])
-    with pytest.raises(UserError, match=r"an entry of .*labels\.json is not COCO's: ValueError"):
+    with pytest.raises(
+        UserError, match=r"an entry of .*labels\.json is not COCO's: cannot reshape"
+    ):
         LabelledPictures(folder)
     (tmp_path / "more.json").write_text((tmp_path / "labels.json").read_text())
     with pytest.raises(UserError, match=r"name one of the files .*labels\.json, .*more\.json"):
@@ -206,7 +209,9 @@ def test_a_folder_of_no_format_is_explained(tmp_path: Path) -> None:
 
 def test_pictures_that_are_not_there(tmp_path: Path) -> None:
     folder = coco(tmp_path, [])
-    with pytest.raises(UserError, match=r"none of the 1 pictures .* can be read: .* no .*a\.jpg"):
+    with pytest.raises(
+        UserError, match=r"not one of the 1 pictures .* can be read: .* no .*a\.jpg"
+    ):
         LabelledPictures(folder)
     contents = json.loads((folder / "labels.json").read_text())
     contents["images"].append({"id": 8, "file_name": "b.jpg"})
@@ -223,7 +228,9 @@ def test_pictures_none_of_which_can_be_read(tmp_path: Path) -> None:
     pictures[0].write_text("version https://git-lfs.github.com/spec/v1")
     assert len(LabelledPictures(tmp_path)) == 2
     pictures[1].write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the 2 pictures of .* can be read: .*img_1\.jpg"):
+    with pytest.raises(
+        UserError, match=r"not one of the 2 pictures of .* can be read: .*img_1\.jpg"
+    ):
         LabelledPictures(tmp_path)
 
 
@@ -311,6 +318,8 @@ def test_linked_folders_are_followed_and_hidden_ones_are_not(tmp_path: Path) -> 
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     scenes = LabelledPictures(tmp_path / "set")
     assert [scenes[index].words for index in range(len(scenes))] == [("one",)]
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set", target_is_directory=True)
+    assert len(LabelledPictures(tmp_path / "set")) == 1
 
 
 def two_images(folder: Path, *names: str) -> Path:
@@ -326,7 +335,12 @@ def test_pictures_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) ->
     picture(tmp_path / "images" / "val" / "1.jpg", (50, 40))
     scenes = LabelledPictures(two_images(tmp_path, "val/1.jpg", "train/1.jpg"))
     assert [scenes[index].picture.shape[:2] for index in range(2)] == [(40, 50), (20, 30)]
-    with pytest.raises(UserError, match=r"1\.jpg and .*1\.jpg may both be 1\.jpg"):
+    (tmp_path / "images" / "train" / "1.jpg").unlink()
+    with pytest.warns(UserWarning, match=r"1 of the 2 pictures .*train/1\.jpg"):
+        scenes = LabelledPictures(two_images(tmp_path, "val/1.jpg", "train/1.jpg"))
+    assert [scene.picture.shape[:2] for scene in scenes] == [(40, 50)]
+    picture(tmp_path / "images" / "train" / "1.jpg", (30, 20))
+    with pytest.raises(UserError, match=r"1\.jpg and .*1\.jpg may both be the picture 1\.jpg"):
         LabelledPictures(two_images(tmp_path, "1.jpg"))
 
 
@@ -339,5 +353,12 @@ def test_cocos_own_folders(tmp_path: Path) -> None:
 
 def test_an_annotation_of_no_image_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg")
-    with pytest.raises(UserError, match=r"not COCO's: KeyError\('7'\)"):
+    with pytest.raises(UserError, match=r"not COCO's: no image has the id '7'"):
         LabelledPictures(coco(tmp_path, [{"image_id": "7", "bbox": [1, 2, 3, 4]}]))
+    with pytest.raises(UserError, match="not COCO's: it has no 'bbox'"):
+        LabelledPictures(coco(tmp_path, [{}]))
+    contents = json.loads((tmp_path / "labels.json").read_text())
+    contents["images"] *= 2
+    (tmp_path / "labels.json").write_text(json.dumps(contents))
+    with pytest.raises(UserError, match="not COCO's: two images have the same id"):
+        LabelledPictures(tmp_path)

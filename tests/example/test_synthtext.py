@@ -87,7 +87,7 @@ def test_a_spoilt_picture_counts_for_nothing(tmp_path: Path) -> None:
     write_synthtext([scene([BOX])], tmp_path)
     scenes = LabelledPictures(tmp_path)
     (tmp_path / "0" / "000000.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"scene 0 counts for nothing: cannot read .*000000\.png"):
+    with pytest.warns(UserWarning, match=r"scene 0 is ignored: cannot read .*000000\.png"):
         (batch,) = load(scenes, Grid(), [[0]], workers=0)
     assert (batch[1][0, 6] == IGNORE).all()
 

@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from command_line import flags
+from PIL import Image
 
 from examples.text_detection.batches import StepSampler
 from examples.text_detection.errors import UserError
@@ -94,7 +96,7 @@ def test_ctrl_c_in_the_terminal_leaves_a_checkpoint_and_no_traceback(tmp_path: P
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) > 3):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -171,6 +173,7 @@ def test_the_parts_add_up_to_the_loss(reduction: str) -> None:
 
 
 def test_half_precision_learns_the_same_within_its_precision() -> None:
+    torch.manual_seed(0)
     pictures = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     target = torch.rand(4, 7, 4, 4)
     target[:, 6] = (target[:, 6] > 0.7).float()
@@ -178,8 +181,11 @@ def test_half_precision_learns_the_same_within_its_precision() -> None:
     for training in (full, half):
         training.advance(pictures, target)
         assert training.model.head.weight.dtype == torch.float32
-    change = full.model.head.weight - half.model.head.weight
-    assert change.abs().max() < 0.05 * full.model.head.weight.abs().max()
+    start = Training(SMALL, CPU).model.head.weight.detach()
+    ends = [training.model.head.weight.detach() for training in (full, half)]
+    changes = [(end - start).flatten() for end in ends]
+    assert torch.cosine_similarity(*changes, dim=0) > 0.999
+    assert changes[1].norm() == pytest.approx(changes[0].norm().item(), rel=0.01)
 
 
 def test_every_epoch_is_a_permutation_and_any_step_can_be_the_first() -> None:
@@ -415,17 +421,19 @@ def test_a_run_does_not_go_on_with_another_number_of_pictures(tmp_path: Path) ->
     (tmp_path / "set" / "0" / "000001.png").unlink()
     with (
         pytest.warns(UserWarning, match="1 of the 8 pictures"),
-        pytest.raises(UserError, match="began with 6 pictures to train on, now there are 5"),
+        pytest.raises(UserError, match="began with 8 pictures, now there are 7"),
     ):
         train(recipe, run(tmp_path / "run", resume=True))
 
 
 def test_a_glance_at_pictures_none_of_which_can_be_read_ends_no_run(tmp_path: Path) -> None:
     recipe = replace(SMALL, data=write_set(tmp_path / "set", 8), held_out=1, steps=2)
-    (tmp_path / "set" / "0" / "000007.png").write_bytes(b"spoilt")
+    spoilt = tmp_path / "set" / "0" / "000007.png"
+    Image.open(spoilt).save(spoilt, "jpeg")
+    spoilt.write_bytes(spoilt.read_bytes()[:1000])  # it still tells its size
     with (
-        pytest.warns(UserWarning, match="no score at step 1: none of the pictures"),
-        pytest.raises(UserError, match="none of the pictures to score can be read"),
+        pytest.warns(UserWarning, match="no score at step 1: none of the pictures could be"),
+        pytest.raises(UserError, match="none of the pictures could be scored"),
     ):
         train(recipe, run(tmp_path / "run", score_every=1))
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
@@ -465,3 +473,43 @@ def test_the_current_folder_is_not_set_aside(
     train(replace(SMALL, steps=1), run(Path()))
     with pytest.raises(UserError, match="has an earlier run; --resume it or name another --out"):
         train(replace(SMALL, steps=1), run(Path()))
+
+
+def test_held_out_pictures_none_of_which_can_be_read_are_named_at_the_start(tmp_path: Path) -> None:
+    recipe = replace(SMALL, data=write_set(tmp_path / "set", 8), held_out=1)
+    (tmp_path / "set" / "0" / "000007.png").write_bytes(b"spoilt")
+    with pytest.raises(UserError, match=r"not one of the 1 held-out pictures .*000007\.png"):
+        train(recipe, run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_split_is_that_of_all_pictures(tmp_path: Path) -> None:
+    """Of 9 and of 10 pictures, 8 are trained on."""
+    data = write_set(tmp_path / "set", 10)
+    last = tmp_path / "set" / "0" / "000009.png"
+    last.rename(tmp_path / "last.png")
+    recipe = replace(SMALL, data=data, held_out=None, steps=1)
+    with pytest.warns(UserWarning, match="1 of the 10 pictures"):
+        train(recipe, run(tmp_path / "run"))
+    (tmp_path / "last.png").rename(last)
+    with pytest.raises(UserError, match="began with 9 pictures, now there are 10"):
+        train(recipe, run(tmp_path / "run", resume=True))
+
+
+def test_the_checkpoint_is_saved_before_pictures_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("examples.text_detection.train.evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(SMALL, run(tmp_path, score_every=2, save_every=2))
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def test_scores_come_as_often_as_they_are_asked_for(tmp_path: Path) -> None:
+    train(SMALL, run(tmp_path, score_every=3, log_every=2))
+    log = read_log(tmp_path / "log.csv")
+    assert log["step"].tolist() == [2, 3, 4, 6, 8]
+    assert log["step"][~np.isnan(log["f_measure"])].tolist() == [3, 6, 8]
