@@ -105,8 +105,9 @@ class FCRNLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no types
         """
         if sample_weight is not None:
             sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype=self.dtype)
-            shape = tuple(keras.ops.convert_to_tensor(y_pred).shape)  # of a list, too
-            sample_weight = self._for_cells(sample_weight, shape)
+            if not hasattr(y_pred, "shape"):  # a list
+                y_pred = keras.ops.convert_to_tensor(y_pred, dtype=self.dtype)
+            sample_weight = self._for_cells(sample_weight, tuple(y_pred.shape))
         reduction = _SCALAR_REDUCTIONS.get(self.reduction)
         if reduction is None or getattr(y_pred, "_keras_mask", None) is not None:
             loss: Tensor = super().__call__(y_true, y_pred, sample_weight)

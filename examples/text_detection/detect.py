@@ -28,7 +28,7 @@ from .errors import UserError, exit_on_user_error
 from .files import make_folder, write_json
 from .grid import Boxes
 from .processes import usable
-from .scene import SUFFIXES, read_picture
+from .scene import SUFFIXES, opened, read_picture
 from .training import load_model
 
 _SOFTWARE = "fcrn_fused, examples.text_detection.detect"
@@ -75,9 +75,9 @@ def _signature() -> PngInfo:
 
 def _is_signed(path: Path) -> bool:
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             return picture.info.get("Software") == _SOFTWARE
-    except Exception:  # as many kinds as in `read_picture`
+    except UserError:
         return False
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -30,6 +30,7 @@ from .scene import Scene
 from .scoring import Score, score
 from .training import load_model
 
+HELD_OUT = 200  # pictures kept for scoring, unless another number is asked for
 HELD_OUT_SEED = 1_000_003  # of the generated held-out pictures, which every score here is of
 
 
@@ -39,13 +40,15 @@ def detections(
     scenes: Dataset[Scene],
     scales: Sequence[float] = (1.0,),
     threshold: float = 0.3,
+    progress: bool = False,
 ) -> Iterator[tuple[Scene, Boxes]]:
     """The scenes in order with what `model` finds; leaves it in eval mode.
 
     A scene whose picture cannot be read is warned about and left out.
     """
     model.eval()
-    for index in range(len(scenes)):  # type: ignore[arg-type]
+    count = len(scenes)  # type: ignore[arg-type]
+    for index in tqdm(range(count), "evaluate", disable=not progress, leave=False):
         try:
             scene = scenes[index]
             yield scene, detect(model, grid, scene.picture, scales, threshold)
@@ -53,30 +56,12 @@ def detections(
             warnings.warn(f"scene {index} is left out: {error}", stacklevel=2)
 
 
-def evaluate(
-    model: nn.Module,
-    grid: Grid,
-    scenes: Dataset[Scene],
-    scales: Sequence[float] = (1.0,),
-    threshold: float = 0.3,
-    progress: bool = False,
-) -> Score:
-    """The score of `model` on all `scenes`; leaves the model in eval mode.
-
-    UserError: none could be scored.
-    """
-    total = Score()
-    seen = False
-    found_in = detections(model, grid, scenes, scales, threshold)
-    count = len(scenes)  # type: ignore[arg-type]
-    for scene, found in tqdm(found_in, "evaluate", count, disable=not progress, leave=False):
-        height, width = scene.picture.shape[:2]
-        wanted = grid.readable(scene.quads, width, height) & scene.legible
-        total += score(found, scene.quads, wanted)
-        seen = True
-    if not seen:
+def evaluate(grid: Grid, found: Iterable[tuple[Scene, Boxes]]) -> Score:
+    """The score of what `detections` found; UserError if it is of no picture."""
+    scores = [score(boxes, scene.quads, grid.wanted(scene)) for scene, boxes in found]
+    if not scores:
         raise UserError("none of the pictures could be scored")
-    return total
+    return sum(scores, Score())
 
 
 @exit_on_user_error
@@ -87,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="what `train` wrote")
     parser.add_argument("--data", type=Path, help="SynthText, ICDAR or COCO; else generated")
     parser.add_argument(
-        "--pictures", type=positive, help="at most; without it all, or 200 generated"
+        "--pictures", type=positive, help=f"at most; without it all, or {HELD_OUT} generated"
     )
     parser.add_argument("--scales", type=scale, nargs="+", help="1, or the paper's after --crop")
     parser.add_argument("--threshold", type=share, default=0.3, help="least confidence of a box")
@@ -100,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scenes = LabelledPictures(options.data, length=options.pictures)
         scenes = scenes if recipe.crop else Stretched(scenes, grid)
     else:
-        scenes = GeneratedText(options.pictures or 200, grid.width, "held-out", HELD_OUT_SEED)
-    print(evaluate(model, grid, scenes, scales, options.threshold, progress=True))
+        scenes = GeneratedText(options.pictures or HELD_OUT, grid.width, "held-out", HELD_OUT_SEED)
+    found = detections(model, grid, scenes, scales, options.threshold, progress=True)
+    print(evaluate(grid, found))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .scene import uncut
+from .scene import Scene, uncut
 
 IGNORE = -1.0
 """The confidence of a cell that says nothing; pass it to the loss as `ignore_value`."""
@@ -148,6 +148,11 @@ class Grid:
         """Which of the words (n, 4, 2) are high enough and, within a pixel, not cut: (n,)."""
         high_enough = quad_to_pose(quads)[:, 3] >= self.min_height
         return uncut(quads, width, height) & high_enough
+
+    def wanted(self, scene: Scene) -> NDArray[np.bool_]:
+        """Which words of a scene a detector is asked to find, (n,): readable and legible ones."""
+        height, width = scene.picture.shape[:2]
+        return self.readable(scene.quads, width, height) & scene.legible
 
     def _ignore(self, confidence: NDArray[np.float32], quads: NDArray[np.float32]) -> None:
         """Write IGNORE into the cells of `confidence` (rows, columns) that the words touch."""

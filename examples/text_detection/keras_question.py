@@ -37,7 +37,8 @@ from fcrn_fused import FCRNLoss
 from .arguments import natural, positive
 from .batches import CodedScenes, StepSampler, load
 from .errors import exit_on_user_error
-from .evaluate import HELD_OUT_SEED, evaluate
+from .evaluate import HELD_OUT_SEED, detections, evaluate
+from .files import make_folder
 from .generator import GeneratedText
 from .grid import Grid, warn_if_pixels
 from .keras_snippet import keras_snippet_loss
@@ -158,7 +159,7 @@ def train_variant(name: str, recipe: Recipe, pictures: int, every: int, workers:
             weight.step()
         if step % every == 0 or step in (1, recipe.steps):
             positive, negative = mean_confidence(model, grid, held_out)
-            score = evaluate(in_grid_units, grid, held_out)
+            score = evaluate(grid, detections(in_grid_units, grid, held_out))
             values = (
                 error.item(),
                 positive,
@@ -243,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe = dataclasses.replace(recipe, steps=options.steps, size=options.size, seed=options.seed)
     check(recipe)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     rows: list[Row] = []
     for name in options.variants:
         rows += train_variant(name, recipe, options.pictures, options.every, options.workers)

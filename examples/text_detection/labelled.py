@@ -38,14 +38,15 @@ class LabelledPictures(Dataset[Scene]):
     def __init__(self, source: Path, length: int | None = None) -> None:
         labels = read_labels(Path(source))[:length]
         require_one(f"the {len(labels)} pictures of {source}", [label.path for label in labels])
-        missing = [label.path for label in labels if not label.path.is_file()]
-        if missing:
+        there = [label for label in labels if label.path.is_file()]
+        if len(there) < len(labels):
+            missing = next(label.path for label in labels if not label.path.is_file())
             warnings.warn(
-                f"{len(missing)} of the {len(labels)} pictures of {source} are not there and are "
-                f"left out: no {missing[0]}, ...",
+                f"{len(labels) - len(there)} of the {len(labels)} pictures of {source} are not "
+                f"there and are left out: no {missing}, ...",
                 stacklevel=2,
             )
-            labels = [label for label in labels if label.path.is_file()]
+            labels = there
         quads = np.concatenate([label.quads for label in labels])
         if len(quads) and np.median(np.ptp(quads, axis=1).max(axis=1)) < 2:
             raise UserError(
@@ -76,10 +77,8 @@ class LabelledPictures(Dataset[Scene]):
     def _scene(self, index: int, picture: np.ndarray) -> Scene:
         start, end = self._ends[index - 1] if index else 0, self._ends[index]
         quads = self._quads[start:end]
-        words = np.array(self._words[index].split("\n"), object)[: len(quads)]
-        height, width = picture.shape[:2]
-        touching = ((quads.max(axis=1) > 0) & (quads.min(axis=1) < [width, height])).all(axis=1)
-        return Scene(picture, quads[touching], tuple(words[touching]))
+        words = self._words[index].split("\n")[: len(quads)]  # without words it is one empty string
+        return Scene(picture, quads, tuple(words)).inside()
 
 
 class _Strings:
@@ -138,7 +137,7 @@ def lost_words(scenes: LabelledPictures, grid: Grid) -> tuple[int, int, int]:
         except UserError:
             continue  # training names it
         height, width = scene.picture.shape[:2]
-        before = grid.readable(scene.quads, width, height) & scene.legible
+        before = grid.wanted(scene)
         stretched = scene.quads * np.float32([grid.width / width, grid.height / height])
         lost += int((before & ~grid.readable(stretched, grid.width, grid.height)).sum())
         readable += int(before.sum())

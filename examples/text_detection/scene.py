@@ -71,8 +71,7 @@ class Scene:
     def cropped(self, left: int, top: int, side: int) -> Scene:
         """The square window at (left, top); where it reaches over the picture, its border goes on.
 
-        Words wholly outside the window are dropped; those that the picture's border cuts are
-        ILLEGIBLE in it.
+        Words that the picture's border cuts are ILLEGIBLE in the window.
         """
         height, width = self.picture.shape[:2]
         whole = uncut(self.quads, width, height)
@@ -86,9 +85,15 @@ class Scene:
             left + side - x1,
             cv2.BORDER_REPLICATE,
         )
-        quads = self.quads - np.float32([left, top])
-        inside = ((quads.max(axis=1) > 0) & (quads.min(axis=1) < side)).all(axis=1)
-        return Scene(picture, quads[inside], tuple(words[inside]))
+        return Scene(picture, self.quads - np.float32([left, top]), tuple(words)).inside()
+
+    def inside(self) -> Scene:
+        """The scene without the words that lie wholly outside its picture."""
+        height, width = self.picture.shape[:2]
+        low, high = self.quads.min(axis=1), self.quads.max(axis=1)
+        touching = ((high > 0) & (low < [width, height])).all(axis=1)
+        words = np.array(self.words, object)[touching]
+        return Scene(self.picture, self.quads[touching], tuple(words))
 
 
 def uncut(quads: NDArray[np.float32], width: int, height: int) -> NDArray[np.bool_]:
@@ -105,7 +110,7 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
 
     UserError: it is missing, no picture, damaged, or larger than Pillow's limit of pixels.
     """
-    with _opened(path) as picture:
+    with opened(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
             picture = Image.fromarray(_eight_bits(np.array(picture)))
@@ -117,7 +122,7 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height of `read_picture(path)`, mostly from the head of the file."""
-    with _opened(path) as picture:
+    with opened(path) as picture:
         if picture.format == "TIFF":
             picture.load()  # turns the picture
             return picture.size
@@ -126,7 +131,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """The picture file; every error is a UserError that names it."""
     try:
         with Image.open(path) as picture:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .errors import UserError
+from .files import make_folder
 from .scene import Label, Scene
 
 _COLUMNS = ("imnames", "wordBB", "txt")
@@ -48,7 +49,7 @@ def write_synthtext(scenes: Iterable[Scene], folder: Path) -> None:
     for index, scene in enumerate(scenes):
         name = f"{index // 1000}/{index:06d}.png"  # a thousand pictures a folder
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         Image.fromarray(scene.picture).save(path)
         names.append(name)
         box = scene.quads.transpose(2, 1, 0)

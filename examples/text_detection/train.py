@@ -30,7 +30,7 @@ from .arguments import natural, positive
 from .batches import StepSampler, Stretched, load
 from .draw import save_curves, save_detections
 from .errors import UserError, exit_on_user_error
-from .evaluate import HELD_OUT_SEED, detections, evaluate
+from .evaluate import HELD_OUT, HELD_OUT_SEED, detections, evaluate
 from .files import make_folder, write_json
 from .generator import GeneratedText
 from .grid import Grid, warn_if_pixels
@@ -55,7 +55,6 @@ _COLUMNS = (
     "recall",
     "f_measure",
 )
-_HELD_OUT = 200
 _DRAWN = 12  # held-out pictures on the sheet of detections
 
 
@@ -97,8 +96,7 @@ def train(recipe: Recipe, run: Run) -> Score | None:
             return None
         if not processes.first:
             return None
-        score = evaluate(training.model, recipe.grid(), held_out, recipe.scales(), progress=True)
-        _show(training, held_out, score, run)
+        score = _score_and_show(training, held_out, run)
         print(f"held-out pictures: {score}")
         print(f"figures in {run.out}; {time.monotonic() - started:.0f} s in all")
         return score
@@ -109,10 +107,10 @@ def _scenes(recipe: Recipe, processes: Processes) -> tuple[Dataset[Scene], Datas
     if not recipe.data:
         return (
             GeneratedText(recipe.pictures, recipe.size, "train", recipe.seed),
-            GeneratedText(recipe.held_out or _HELD_OUT, recipe.size, "held-out", HELD_OUT_SEED),
+            GeneratedText(recipe.held_out or HELD_OUT, recipe.size, "held-out", HELD_OUT_SEED),
         )
     scenes, grid = LabelledPictures(Path(recipe.data)), recipe.grid()
-    kept = recipe.held_out or min(_HELD_OUT, max(1, len(scenes) // 5))
+    kept = recipe.held_out or min(HELD_OUT, max(1, len(scenes) // 5))
     first = len(scenes) - kept
     if first < 1:
         raise UserError(
@@ -223,9 +221,9 @@ def _optimise(
 
 def _glance(training: Training, scenes: Dataset[Scene]) -> dict[str, float]:
     """The ratios on a few pictures, for the log; none where not one of them can be read."""
-    recipe = training.recipe
+    grid, scales = training.recipe.grid(), training.recipe.scales()
     try:
-        return _ratios(evaluate(training.model, recipe.grid(), scenes, recipe.scales()))
+        return _ratios(evaluate(grid, detections(training.model, grid, scenes, scales)))
     except UserError as error:
         warnings.warn(f"no score at step {training.step}: {error}", stacklevel=2)
         return {}
@@ -268,17 +266,20 @@ def _ratios(score: Score) -> dict[str, float]:
     }
 
 
-def _show(training: Training, held_out: Dataset[Scene], score: Score, run: Run) -> None:
-    """Write the two figures and the score."""
-    grid = training.recipe.grid()
-    found = detections(training.model, grid, held_out, training.recipe.scales())
-    save_detections(list(itertools.islice(found, _DRAWN)), run.out / "detections.png")
+def _score_and_show(training: Training, held_out: Dataset[Scene], run: Run) -> Score:
+    """The score of all held-out pictures; writes it and the two figures."""
+    grid, scales = training.recipe.grid(), training.recipe.scales()
+    found = detections(training.model, grid, held_out, scales, progress=True)
+    drawn = list(itertools.islice(found, _DRAWN))
+    score = evaluate(grid, itertools.chain(drawn, found))
+    save_detections(drawn, run.out / "detections.png")
     log = read_log(run.out / "log.csv")
     if len(log["step"]):  # none if a resumed run found it damaged and had no step left
         title = f"held-out pictures: F-measure {score.f_measure:.3f}"
         save_curves(log, run.out / "curves.png", title)
     summary = {**_ratios(score), **asdict(score), "recipe": asdict(training.recipe)}
     write_json(summary, run.out / "score.json")
+    return score
 
 
 def _set_aside(out: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import flags
+from icdar_files import write_icdar
 from PIL import Image
 
 from examples.text_detection import detect, evaluate, make_data
@@ -18,6 +20,7 @@ from examples.text_detection.generator import GeneratedText
 from examples.text_detection.grid import Grid
 from examples.text_detection.labelled import LabelledPictures
 from examples.text_detection.model import FCRN
+from examples.text_detection.scene import ILLEGIBLE, Scene
 from examples.text_detection.train import main as train_main
 
 ROOT = Path(__file__).parents[2]
@@ -140,23 +143,18 @@ def test_detect_takes_pictures_of_any_shape(
     assert Image.open(tmp_path / "out" / "a.png.png").size == size
 
 
-def write_icdar(folder: Path, count: int) -> None:
-    """Generated pictures as a user of ICDAR's format has them."""
-    folder.mkdir()
-    for index in range(count):
-        scene = GeneratedText(count, 128)[index]
-        Image.fromarray(scene.picture).resize((320, 180)).save(folder / f"img_{index}.jpg")
-        corners = np.rint(scene.quads * [320 / 128, 180 / 128]).astype(int).reshape(-1, 8)
-        lines = [f"{','.join(map(str, quad))},###" for quad in corners[:1].tolist()]
-        lines += [f"{','.join(map(str, quad))},a, b" for quad in corners[1:].tolist()]
-        (folder / f"gt_img_{index}.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+def wide_scene(index: int) -> Scene:
+    """A picture of 320 x 180 pixels, its first word illegible, the others with a comma."""
+    scene = GeneratedText(8, 128)[index].resized(320, 180)
+    words = ILLEGIBLE, *["a, b"] * len(scene.words)
+    return replace(scene, words=words[: len(scene.words)])
 
 
 @pytest.mark.parametrize("crop", [[], ["--crop"]])
 def test_an_icdar_folder_trains_and_is_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], crop: list[str]
 ) -> None:
-    write_icdar(tmp_path / "icdar", 8)
+    write_icdar(tmp_path / "icdar", map(wide_scene, range(8)), "jpg")
     out = tmp_path / "run"
     quick = {"size": 64, "batch": 2, "workers": 0, "steps": 2, "device": "cpu"}
     train_main([*flags(**quick, data=tmp_path / "icdar", out=out), *crop])

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from icdar_files import write_icdar
 from PIL import Image
 
 from examples.text_detection.batches import CodedScenes
 from examples.text_detection.errors import UserError
-from examples.text_detection.evaluate import evaluate
+from examples.text_detection.evaluate import detections, evaluate
 from examples.text_detection.generator import GeneratedText
 from examples.text_detection.grid import IGNORE, Grid, quad_to_pose
 from examples.text_detection.labelled import LabelledPictures, lost_words
@@ -240,7 +241,8 @@ def test_illegible_words_are_ignored_cells_and_no_part_of_the_score(tmp_path: Pa
     confidence = CodedScenes(scenes, Grid(16, 128, 96))[0][1][6]
     assert (confidence == 1).nonzero().tolist() == [[1, 3]]
     assert confidence[4, 1:5].tolist() == [IGNORE] * 4
-    assert evaluate(FCRN(), Grid(16, 128, 96), scenes).words == 1
+    grid = Grid(16, 128, 96)
+    assert evaluate(grid, detections(FCRN(), grid, scenes)).words == 1
 
 
 def test_words_that_stretching_makes_too_low_are_counted(tmp_path: Path) -> None:
@@ -263,15 +265,7 @@ def test_an_icdar_set_is_what_was_generated(tmp_path: Path) -> None:
     """The corners, written as ICDAR writes them, survive to half a pixel."""
     there = [GeneratedText(3, 128)[index] for index in range(3)]
     write_synthtext(there, tmp_path / "mat")
-    for index, scene in enumerate(there):
-        path = tmp_path / "icdar" / f"img_{index}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(scene.picture).save(path)
-        lines = [
-            ",".join([*map(str, np.rint(quad).astype(int).ravel()), word])
-            for quad, word in zip(scene.quads, scene.words, strict=True)
-        ]
-        path.with_name(f"gt_img_{index}.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    write_icdar(tmp_path / "icdar", there, "png")
     mat, text = LabelledPictures(tmp_path / "mat"), LabelledPictures(tmp_path / "icdar")
     for index in range(3):
         assert np.array_equal(mat[index].picture, text[index].picture)
